@@ -1,0 +1,5 @@
+"""Data: named sources, their division among clients, and batches inside compiled steps."""
+
+from mosaic_jax.data.sources import load, names
+
+__all__ = ["load", "names"]

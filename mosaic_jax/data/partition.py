@@ -1,0 +1,255 @@
+"""Division of a data set among clients: labels in, one list of indices per client out.
+
+Pure NumPy, on the host, once per run. The kinds are those of the Mosaic reference (arXiv
+2505.19699): label-skewed Dirichlet with free client sizes, Dirichlet with equal sizes, and IID.
+Also what is derived from a division: class counts, validation splits, local test sets.
+"""
+
+import difflib
+from collections.abc import Sequence
+
+import numpy as np
+
+from mosaic_jax import rng
+from mosaic_jax.types import UserError
+
+KINDS = ("dirichlet", "dirichlet_balanced", "iid")
+REFERENCE_SEED_OFFSET = 5363
+"""The reference seeds its division with its run's seed plus this; here a seed is used as it is."""
+MAX_TRIES = 10_000
+
+Indices = list[np.ndarray]
+
+
+def partition(
+    kind: str,
+    labels: np.ndarray,
+    num_classes: int,
+    clients: int,
+    alpha: float,
+    seed: int,
+    minimum: int = 10,
+) -> Indices:
+    """Divide a data set among clients.
+
+    Args:
+      kind: one of `KINDS`.
+      labels: int [images].
+      num_classes: labels lie in [0, num_classes).
+      clients: number of clients.
+      alpha: concentration of the Dirichlet distribution, smaller is more skewed; unused by "iid".
+      seed: chooses the division.
+      minimum: fewest images a client may hold, for "dirichlet" only.
+
+    Returns:
+      For every client an int64 array of indices into `labels`, no index twice.
+
+    Raises:
+      UserError: what was asked for cannot be had.
+    """
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown partition {kind!r}; {hint}known kinds: {', '.join(KINDS)}")
+    if not 1 <= clients <= len(labels):
+        raise UserError(f"{len(labels)} images cannot be divided among {clients} clients")
+    if kind == "iid":
+        return iid(labels, num_classes, clients, seed)
+    if not 0 < alpha < np.inf:
+        raise UserError(f"the partition's alpha must be positive and finite, not {alpha}")
+    if kind == "dirichlet_balanced":
+        return dirichlet_balanced(labels, num_classes, clients, alpha, seed)
+    return dirichlet_unbalanced(labels, num_classes, clients, alpha, seed, minimum)
+
+
+def dirichlet_unbalanced(
+    labels: np.ndarray, num_classes: int, clients: int, alpha: float, seed: int, minimum: int = 10
+) -> Indices:
+    """Every class spread over the clients by proportions drawn from Dirichlet(alpha).
+
+    The reference's default, reproduced draw by draw on NumPy's legacy generator: the whole
+    division is drawn anew until every client holds at least `minimum` images. Unlike there the
+    number of tries is bounded.
+    """
+    if clients * minimum > len(labels):
+        raise UserError(
+            f"{len(labels)} images cannot give {clients} clients {minimum} each; "
+            "lower the minimum or the number of clients"
+        )
+    generator = np.random.RandomState(seed)
+    for _ in range(MAX_TRIES):
+        parts = _spread_classes(labels, num_classes, clients, alpha, generator)
+        if min(map(len, parts)) >= minimum:
+            for part in parts:
+                generator.shuffle(part)
+            return parts
+    raise UserError(
+        f"no division of {len(labels)} images among {clients} clients with alpha={alpha} gave "
+        f"every client {minimum} images in {MAX_TRIES} tries; raise alpha, lower the minimum, or "
+        "take fewer clients"
+    )
+
+
+def _spread_classes(
+    labels: np.ndarray,
+    num_classes: int,
+    clients: int,
+    alpha: float,
+    generator: np.random.RandomState,
+) -> Indices:
+    """One try: class after class cut into pieces, none for clients that hold their fair share."""
+    pieces: list[list[np.ndarray]] = [[] for _ in range(clients)]
+    sizes = np.zeros(clients, int)
+    for label in range(num_classes):
+        members = np.flatnonzero(labels == label)
+        generator.shuffle(members)
+        is_open = sizes < len(labels) / clients
+        cuts = _cuts(len(members), is_open, alpha, generator)
+        for client, piece in enumerate(np.split(members, cuts)):
+            pieces[client].append(piece)
+            sizes[client] += len(piece)
+    return [np.concatenate(piece) for piece in pieces]
+
+
+def _cuts(
+    count: int, is_open: np.ndarray, alpha: float, generator: np.random.RandomState
+) -> np.ndarray:
+    """Where to cut `count` images into one piece per client, by proportions of the open clients.
+
+    For small alpha the proportions of all open clients can underflow to zero; the reference then
+    divides by zero. They are drawn again here.
+    """
+    clients = len(is_open)
+    for _ in range(MAX_TRIES):
+        # If all clients' draws underflow they come as NaN, which compares false below.
+        proportions = np.where(is_open, generator.dirichlet(np.full(clients, alpha)), 0.0)
+        total = proportions.sum()
+        if total > 0:
+            return (np.cumsum(proportions / total) * count).astype(int)[:-1]
+        if count == 0:
+            return np.zeros(clients - 1, int)
+    raise UserError(
+        f"alpha={alpha} is too small: the proportions of {clients} clients underflow to zero"
+    )
+
+
+def dirichlet_balanced(
+    labels: np.ndarray, num_classes: int, clients: int, alpha: float, seed: int
+) -> Indices:
+    """Equal sizes, floor(images / clients) each, with Dirichlet(alpha) class preferences.
+
+    Client after client draws without replacement from what is left, an image's weight being its
+    class's preference. Where the preferred classes run out, the rest is drawn uniformly; the
+    reference instead hands all that is left to one client, and later clients get nothing.
+    """
+    generator = rng.numpy_generator(seed, "partition")
+    size = len(labels) // clients
+    remaining = np.arange(len(labels))
+    parts = []
+    for _ in range(clients):
+        preferences = generator.dirichlet(np.full(num_classes, alpha))
+        # Sorting log-weights plus Gumbel noise is weighted drawing without replacement. Images of
+        # weight zero come last, and the shuffle before leaves them in random order.
+        remaining = generator.permutation(remaining)
+        with np.errstate(divide="ignore"):
+            scores = np.log(preferences)[labels[remaining]] + generator.gumbel(size=len(remaining))
+        order = np.argsort(-scores, kind="stable")
+        parts.append(remaining[order[:size]])
+        remaining = remaining[order[size:]]
+    return parts
+
+
+def iid(labels: np.ndarray, num_classes: int, clients: int, seed: int) -> Indices:
+    """Every class dealt out evenly at random; sizes differ by at most one, in all and per class.
+
+    No image is left over, as the reference leaves the remainders: each class's are dealt on from
+    where the last class's ended, so that the same clients do not always get one more.
+    """
+    generator = rng.numpy_generator(seed, "partition")
+    by_class = [np.flatnonzero(labels == label) for label in range(num_classes)]
+    dealt = np.concatenate([generator.permutation(members) for members in by_class])
+    return [generator.permutation(dealt[client::clients]) for client in range(clients)]
+
+
+def class_counts(indices: Sequence[np.ndarray], labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """How many images of each class every client holds: int64 [clients, classes]."""
+    counts = [np.bincount(labels[part], minlength=num_classes) for part in indices]
+    return np.stack(counts).astype(np.int64)
+
+
+def split_validation(
+    indices: Sequence[np.ndarray], labels: np.ndarray, fraction: float, seed: int
+) -> tuple[Indices, Indices]:
+    """Set a fraction of every client's images aside, class by class as far as that goes.
+
+    At least one training image of each class a client holds stays, so small clients may give less
+    than the fraction. A client's split depends on its own images only.
+
+    Returns:
+      Training and validation indices per client; the order of the training indices is kept.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"the validation fraction must lie in [0, 1), not {fraction}")
+    train, validation = [], []
+    for client, part in enumerate(indices):
+        generator = rng.numpy_generator(seed, "validation", client=client)
+        is_held_out = _held_out(labels[part], fraction, generator)
+        train.append(part[~is_held_out])
+        validation.append(part[is_held_out])
+    return train, validation
+
+
+def _held_out(labels: np.ndarray, fraction: float, generator: np.random.Generator) -> np.ndarray:
+    """Mask [images] of one client's validation images: shares by largest remainder, bounded."""
+    classes, counts = np.unique(labels, return_counts=True)
+    exact = fraction * counts
+    taken = np.minimum(np.floor(exact).astype(int), counts - 1)
+    missing = int(fraction * len(labels) + 0.5) - taken.sum()
+    # Ties, as among many classes of equal size, are broken at random.
+    order = np.lexsort((generator.random(len(classes)), taken - exact))
+    order = order[(taken < counts - 1)[order]]
+    taken[order[: max(missing, 0)]] += 1
+    mask = np.zeros(len(labels), bool)
+    for label, count in zip(classes, taken, strict=True):
+        mask[generator.permutation(np.flatnonzero(labels == label))[:count]] = True
+    return mask
+
+
+def local_test_shards(test_labels: np.ndarray, class_counts: np.ndarray, seed: int) -> Indices:
+    """For every client a part of the test set with the class proportions of its training data.
+
+    The reference gives clients IID shards, and so measures no client's own distribution. A shard
+    is as large as it can be without repeating an image; shards of different clients overlap, since
+    clients that share a class would otherwise have to share out its few test images, and every
+    client's score is an estimate of its own. Classes without test images are left out.
+
+    Args:
+      test_labels: int [images].
+      class_counts: [clients, classes], the clients' training images.
+      seed: chooses the images.
+
+    Returns:
+      For every client an int64 array of sorted indices into `test_labels`.
+    """
+    num_classes = class_counts.shape[1]
+    members = [np.flatnonzero(test_labels == label) for label in range(num_classes)]
+    available = np.array([len(member) for member in members])
+    shards = []
+    for client, counts in enumerate(class_counts):
+        generator = rng.numpy_generator(seed, "local test", client=client)
+        wanted = _largest_multiple(np.asarray(counts), available)
+        chosen = [
+            generator.choice(member, count, replace=False)
+            for member, count in zip(members, wanted, strict=True)
+        ]
+        shards.append(np.sort(np.concatenate(chosen)))
+    return shards
+
+
+def _largest_multiple(counts: np.ndarray, available: np.ndarray) -> np.ndarray:
+    """Integers [classes] in proportion to `counts` and as large as `available` allows."""
+    held = (counts > 0) & (available > 0)
+    if not held.any():
+        return np.zeros(len(counts), int)
+    factor = np.min(available[held] / counts[held])
+    return np.where(held, np.rint(factor * counts), 0).astype(int)

@@ -1,0 +1,165 @@
+"""Runs a method stage by stage, block by block: resume, log, evaluate, save. No maths.
+
+A work directory is a run: `config.json`, `metrics.jsonl`, `checkpoints/`, and once it has ended
+`summary.json`. The same config in the same directory resumes, a finished run is left as it is,
+another config is refused.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mosaic_jax import methods
+from mosaic_jax.checkpoint import StageCheckpoints
+from mosaic_jax.config import Config
+from mosaic_jax.metrics import MetricsFile, check_finite
+from mosaic_jax.stages.federation import Federation, Stage, State
+from mosaic_jax.types import PyTree, UserError
+
+Watcher = Callable[[Stage, int, float, dict[str, Any]], None]
+"""Called after each block: stage, blocks done, seconds it took, figures."""
+
+
+def run(federation: Federation, workdir: Path, watch: Watcher = lambda *args: None) -> State:
+    """Run, or resume, the configured method; returns the final state.
+
+    Raises:
+      UserError: the directory holds another config, or a figure is not finite.
+    """
+    claim(workdir, federation.config)
+    stages = methods.stages(federation.config.method, federation)
+    metrics = MetricsFile(workdir / "metrics.jsonl")
+    state: State = {"global": federation.initial_variables()}
+    for position, stage in enumerate(stages):
+        later = {other.name for other in stages[position + 1 :]}
+        checkpoints = StageCheckpoints(workdir / "checkpoints" / stage.name)
+        state = run_stage(stage, state, federation, checkpoints, metrics, later, watch)
+        checkpoints.close()
+    summary = summarise(stages, metrics)
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return state
+
+
+def run_stage(
+    stage: Stage,
+    state: State,
+    federation: Federation,
+    checkpoints: StageCheckpoints,
+    metrics: MetricsFile,
+    later: set[str],
+    watch: Watcher,
+) -> State:
+    """One stage from its newest checkpoint, or from its start, to its end."""
+    every = federation.config.run
+    done, carry = _resume(stage, state, federation, checkpoints)
+    finished = done == stage.blocks and done > 0
+    if not finished:
+        metrics.keep(
+            lambda line: line["stage"] not in later
+            and (line["stage"] != stage.name or line["block"] <= done)
+        )
+    for block in range(done, stage.blocks):
+        begin = time.perf_counter()
+        carry, figures = stage.block(carry, block)
+        figures = {name: np.asarray(value) for name, value in jax.device_get(figures).items()}
+        seconds = time.perf_counter() - begin
+        check_finite(stage.name, block, figures)
+        number, last = block + 1, block + 1 == stage.blocks
+        if last or number % every.evaluate_every == 0:
+            figures |= stage.evaluate(stage.finish(state, carry))
+        metrics.write(stage.name, number, figures | {"seconds": seconds} | _traffic(stage, last))
+        if last or number % every.checkpoint_every == 0:
+            checkpoints.save(number, carry)
+        watch(stage, number, seconds, figures)
+    return stage.finish(state, carry)
+
+
+def _traffic(stage: Stage, last: bool) -> dict[str, Any]:
+    """Bytes the stage moved, noted once, with its last block."""
+    return {"download_bytes": stage.download, "upload_bytes": stage.upload} if last else {}
+
+
+def _resume(
+    stage: Stage, state: State, federation: Federation, checkpoints: StageCheckpoints
+) -> tuple[int, PyTree]:
+    """Blocks done and carry, from the newest whole checkpoint or from the start."""
+    if checkpoints.manager.latest_step() is not None:
+        replicated = NamedSharding(federation.mesh, P())
+        like = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated),
+            jax.eval_shape(stage.start, state),
+        )
+        restored = checkpoints.restore(like)
+        if restored is not None and restored[0] <= stage.blocks:
+            return restored
+    return 0, stage.start(state)
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Write `config.json`, or check that the directory's is the same.
+
+    Layout (`parallel`) and record keeping (`run`) may differ: they do not change the method.
+
+    Raises:
+      UserError: the directory belongs to another config; names a setting that differs.
+    """
+    path = workdir / "config.json"
+    settings = dataclasses.asdict(config)
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not a config: {error}") from None
+        different = [
+            name
+            for name in sorted(set(_flat(settings)) | set(_flat(before)))
+            if _flat(settings).get(name) != _flat(before).get(name)
+            and not name.startswith(("parallel.", "run."))
+        ]
+        if different:
+            name = different[0]
+            raise UserError(
+                f"{workdir} holds a run of another config ({name}: "
+                f"{_flat(before).get(name)!r} there, {_flat(settings).get(name)!r} here); "
+                "choose another --workdir"
+            )
+        return
+    if workdir.exists() and any(workdir.iterdir()) and not (workdir / "checkpoints").exists():
+        raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(settings, indent=1) + "\n")
+    fresh.replace(path)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
+    for name, value in settings.items():
+        nested = isinstance(value, dict)
+        pairs |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return pairs
+
+
+def summarise(stages: list[Stage], metrics: MetricsFile) -> dict[str, Any]:
+    """Per stage: its last evaluation, wall time, and bytes per client down and up."""
+    lines, summary = metrics.read(), {}
+    for stage in stages:
+        own = [line for line in lines if line["stage"] == stage.name]
+        if not own:
+            continue
+        summary[stage.name] = {
+            "blocks": stage.blocks,
+            "seconds": round(sum(line["seconds"] for line in own), 3),
+            "download_bytes": float(np.mean(own[-1]["download_bytes"])),
+            "upload_bytes": float(np.mean(own[-1]["upload_bytes"])),
+            **{name: value for name, value in own[-1].items() if name.endswith("accuracy")},
+        }
+    return summary

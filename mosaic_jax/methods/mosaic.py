@@ -1,0 +1,2 @@
+"""stub"""
+from mosaic_jax.methods.fedavg import stages  # noqa

@@ -1,0 +1,211 @@
+"""Convolutions as pure functions, each in several forms that give the same numbers.
+
+XLA:CPU is slow where every client has its own kernel (vmap makes a grouped convolution) and where
+autodiff's gradients run inside a loop. The forms here avoid both; on GPU and TPU the native
+operation is best. Layout is `[batch, height, width, channels]` with kernels `[k, k, in, out]`,
+square kernels, one stride and one symmetric padding for both directions.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mosaic_jax.types import Array
+
+FORMS = ("auto", "native", "gradients", "patches")
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def resolve_form(form: str) -> str:
+    """Turns `auto` into the form that measured best on this backend."""
+    if form not in FORMS:
+        raise ValueError(f"unknown form of convolution {form!r}, expected one of {FORMS}")
+    if form != "auto":
+        return form
+    return "gradients" if jax.default_backend() == "cpu" else "native"
+
+
+def convolve(x: Array, kernel: Array, stride: int, padding: int, form: str) -> Array:
+    """Correlates images with a kernel.
+
+    Args:
+      x: `[batch, height, width, in]`.
+      kernel: `[k, k, in, out]`.
+      stride: step in both directions.
+      padding: zeros added on every side.
+      form: one of `FORMS`.
+
+    Returns:
+      `[batch, (height + 2 padding - k) // stride + 1, ..., out]`.
+    """
+    form = resolve_form(form)
+    if form == "native":
+        return _native(x, kernel, stride, padding)
+    size = kernel.shape[0]
+    if size == 1 and padding == 0:
+        return x[:, ::stride, ::stride] @ kernel[0, 0]
+    if padding == 0 and x.shape[1:3] == kernel.shape[:2]:
+        flat = x.reshape(x.shape[0], -1) @ kernel.reshape(-1, kernel.shape[-1])
+        return flat[:, None, None]
+    if form == "patches":
+        return _patches(x, kernel, stride, padding)
+    return _own_gradients(*_same_mesh_axes(x, kernel), stride, padding)
+
+
+def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int, form: str) -> Array:
+    """Transposed convolution: the output is `(height - 1) stride + k - 2 padding` high.
+
+    The kernel `[k, k, in, out]` is not flipped, as in `lax.conv_transpose`. The forms other than
+    native multiply no zero that stands between the inputs.
+    """
+    form = resolve_form(form)
+    size = kernel.shape[0]
+    if form == "native":
+        around = size - 1 - padding
+        return lax.conv_transpose(
+            x, kernel, (stride, stride), [(around, around)] * 2, dimension_numbers=_LAYOUT
+        )
+    if (size, stride, padding) == (4, 2, 1):
+        return _doubled(x, kernel, form)
+    if stride != 1:
+        raise ValueError(f"no phase form for kernel {size}, stride {stride}, padding {padding}")
+    if padding == 0 and x.shape[1:3] == (1, 1):
+        flipped = kernel[::-1, ::-1].transpose(2, 0, 1, 3)
+        flat = x[:, 0, 0] @ flipped.reshape(flipped.shape[0], -1)
+        return flat.reshape(-1, *flipped.shape[1:])
+    return convolve(x, kernel, 1, size - 1 - padding, form)
+
+
+def _native(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=_LAYOUT
+    )
+
+
+def _patches(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """One matrix product of all shifted images, `[pixels, k k in]`, with the kernel."""
+    size = kernel.shape[0]
+    padded = _pad(x, padding)
+    height, width = ((n - size) // stride + 1 for n in padded.shape[1:3])
+    shifts = [
+        padded[:, a : a + (height - 1) * stride + 1 : stride][
+            :, :, b : b + (width - 1) * stride + 1 : stride
+        ]
+        for a in range(size)
+        for b in range(size)
+    ]
+    return jnp.concatenate(shifts, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _own_gradients(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """The native convolution, whose gradients are forward convolutions too."""
+    return _native(x, kernel, stride, padding)
+
+
+def _forward(
+    x: Array, kernel: Array, stride: int, padding: int
+) -> tuple[Array, tuple[Array, Array]]:
+    return _native(x, kernel, stride, padding), (x, kernel)
+
+
+def _backward(
+    stride: int, padding: int, saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel = saved
+    if stride == 1:
+        return (
+            _input_gradient(x, kernel, padding, gradient),
+            _kernel_gradient(x, kernel, padding, gradient),
+        )
+    _, pullback = jax.vjp(partial(_folded, stride=stride, padding=padding), x, kernel)
+    return pullback(gradient)
+
+
+_own_gradients.defvjp(_forward, _backward)
+
+
+def _input_gradient(x: Array, kernel: Array, padding: int, gradient: Array) -> Array:
+    """Stride 1: the output gradient convolved with the flipped kernel."""
+    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+    around = kernel.shape[0] - 1 - padding
+    return lax.conv_general_dilated(
+        gradient, flipped, (1, 1), [(around, around)] * 2, dimension_numbers=_LAYOUT
+    ).astype(x.dtype)
+
+
+def _kernel_gradient(x: Array, kernel: Array, padding: int, gradient: Array) -> Array:
+    """Stride 1: the input as image, its channels as batch, with the output gradient as kernel."""
+    image = x.transpose(3, 1, 2, 0)
+    taps = gradient.transpose(1, 2, 0, 3)
+    found = _native(image, taps, 1, padding)
+    return found.transpose(1, 2, 0, 3).astype(kernel.dtype)
+
+
+def _folded(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """A strided convolution as one of stride 1 on phases, so that no gradient meets zeros.
+
+    The image's `stride x stride` cells become channels; the kernel is padded to whole cells and
+    folded alike, `[ceil(k / stride), ceil(k / stride), stride stride in, out]`.
+    """
+    size, cells = kernel.shape[0], -(-kernel.shape[0] // stride)
+    outputs = [(n + 2 * padding - size) // stride + 1 for n in x.shape[1:3]]
+    wanted = [(n + cells - 1) * stride for n in outputs]
+    edges = [(padding, want - n - padding, 0) for n, want in zip(x.shape[1:3], wanted, strict=True)]
+    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    extra = cells * stride - size
+    whole = jnp.pad(kernel, [(0, extra), (0, extra), (0, 0), (0, 0)])
+    folded = whole.reshape(cells, stride, cells, stride, *whole.shape[2:])
+    folded = folded.transpose(0, 2, 1, 3, 4, 5).reshape(cells, cells, -1, whole.shape[-1])
+    return _own_gradients(_space_to_depth(padded, stride), folded, 1, 0)
+
+
+def _doubled(x: Array, kernel: Array, form: str) -> Array:
+    """Kernel 4, stride 2, padding 1: one 2x2 convolution gives all four phases of the output.
+
+    Along one axis, output `2i` reads inputs `i - 1, i` through taps 0, 2 and output `2i + 1`
+    reads `i, i + 1` through taps 1, 3. Counting outputs from -1 puts the odd one first in its
+    cell, which leaves one pixel to crop on each side.
+    """
+    features = kernel.shape[-1]
+    phases = kernel.reshape(2, 2, 2, 2, -1, features)[:, ::-1, :, ::-1]
+    phases = phases.transpose(0, 2, 4, 1, 3, 5).reshape(2, 2, -1, 4 * features)
+    cells = convolve(_pad(x, 1), phases, 1, 0, form)
+    return _depth_to_space(cells, 2)[:, 1:-1, 1:-1]
+
+
+def _pad(x: Array, padding: int) -> Array:
+    return jnp.pad(x, [(0, 0), (padding, padding), (padding, padding), (0, 0)])
+
+
+def _space_to_depth(x: Array, cell: int) -> Array:
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // cell, cell, width // cell, cell, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // cell, width // cell, -1)
+
+
+def _depth_to_space(x: Array, cell: int) -> Array:
+    batch, height, width, _ = x.shape
+    x = x.reshape(batch, height, width, cell, cell, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height * cell, width * cell, -1)
+
+
+def _same_mesh_axes(x: Array, kernel: Array) -> tuple[Array, Array]:
+    """Inside `shard_map`, marks both as varying over the same mesh axes.
+
+    A gradient rule of one's own must return what varies like its argument; with the mark outside
+    the rule, autodiff adds the sum over devices that a replicated kernel needs.
+    """
+    axes = _varying(x) | _varying(kernel)
+
+    def mark(array: Array) -> Array:
+        missing = tuple(axes - _varying(array))
+        return lax.pcast(array, missing, to="varying") if missing else array
+
+    return mark(x), mark(kernel)
+
+
+def _varying(array: Array) -> frozenset[str]:
+    return jax.typeof(array).manual_axis_type.varying

@@ -1,0 +1,76 @@
+"""The generator a client uploads and its discriminator: DCGAN in DeGAN's layout.
+
+Methods, section 3. Images are in [-1, 1] on both sides. The 32-pixel networks are the reference's;
+16 pixels take one stage less, 64 one more, and no layer is wider than eight times the base width.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from mosaic_jax.models.layers import BatchNorm, Conv, ConvTranspose, Dense, normal
+from mosaic_jax.types import Array, UserError
+
+_WEIGHTS = normal(0.02)
+_SCALES = normal(0.02, mean=1.0)
+_STAGES = {16: 3, 32: 4, 64: 5}
+
+
+def _widths(image_size: int, width: int) -> list[int]:
+    """Channels per stage from the image inwards: width, 2 width, ... at most 8 width."""
+    if image_size not in _STAGES:
+        raise UserError(f"generators draw 16, 32 or 64 pixels, not image_size={image_size}")
+    return [width * min(2**stage, 8) for stage in range(_STAGES[image_size])]
+
+
+class Generator(nn.Module):
+    """Latent vectors to images: transposed convolutions 1 -> 4 -> 8 -> ... -> image_size."""
+
+    image_size: int = 32
+    channels: int = 3
+    width: int = 64
+    latent: int = 100
+    form: str = "auto"
+
+    @nn.compact
+    def __call__(self, z: Array, train: bool = False) -> Array:
+        """`[batch, latent]` to images `[batch, image_size, image_size, channels]` in [-1, 1]."""
+        x = z.reshape(z.shape[0], 1, 1, self.latent)
+        for stage, features in enumerate(reversed(_widths(self.image_size, self.width))):
+            strides, padding = (1, 0) if stage == 0 else (2, 1)
+            x = ConvTranspose(
+                features, (4, 4), strides, padding, self.form, _WEIGHTS, name=f"up{stage + 1}"
+            )(x)
+            x = nn.relu(BatchNorm(scale_init=_SCALES, name=f"norm{stage + 1}")(x, train))
+        x = ConvTranspose(self.channels, (1, 1), 1, 0, self.form, _WEIGHTS, name="colour")(x)
+        return jnp.tanh(x)
+
+
+class Discriminator(nn.Module):
+    """Images to real/fake logits; losses use softplus, so there is no sigmoid here."""
+
+    image_size: int = 32
+    channels: int = 3
+    width: int = 64
+    form: str = "auto"
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Array:
+        """`[batch, image_size, image_size, channels]` in [-1, 1] to logits `[batch]`."""
+        x = images
+        for stage, features in enumerate(_widths(self.image_size, self.width)):
+            x = Conv(features, (4, 4), 2, 1, False, self.form, _WEIGHTS, name=f"down{stage + 1}")(x)
+            if stage > 0:
+                norm = BatchNorm(scale_init=_SCALES, name=f"norm{stage + 1}")
+                x = norm(x, train, mask)
+            x = nn.leaky_relu(x, 0.2)
+        x = Conv(1, (2, 2), 2, 0, False, self.form, _WEIGHTS, name="verdict")(x)
+        return x[:, 0, 0, 0].astype(jnp.float32)
+
+
+class RealFakeHead(nn.Module):
+    """One logit from a classifier's features, where the local model itself is the adversary."""
+
+    @nn.compact
+    def __call__(self, features: Array) -> Array:
+        """`[batch, d]` to logits `[batch]`."""
+        return Dense(1, name="verdict")(features)[:, 0]

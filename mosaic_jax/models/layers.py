@@ -1,0 +1,200 @@
+"""Layers shared by all models: convolutions, batch norm, dense, and their initialisers.
+
+Arithmetic follows the dtype of the input, parameters and statistics stay float32. Initialisers
+draw one flat vector and reshape it, because compiling a random draw costs time per 4-D shape.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mosaic_jax.models.convolution import convolve, convolve_transposed, resolve_form
+from mosaic_jax.types import Array, PyTree
+
+Initializer = Callable[..., Array]
+
+__all__ = [
+    "BatchNorm",
+    "Conv",
+    "ConvTranspose",
+    "Dense",
+    "head_logits",
+    "normal",
+    "normalise_images",
+    "resolve_form",
+    "torch_uniform",
+    "xavier_uniform",
+]
+
+
+def torch_uniform(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    """PyTorch's default: uniform in +-1/sqrt(fan_in), fan_in being all axes but the last."""
+    return _flat_uniform(key, shape, 1 / math.sqrt(math.prod(shape[:-1])), dtype)
+
+
+def xavier_uniform(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    """Uniform in +-sqrt(6 / (fan_in + fan_out)) for a matrix `[fan_in, fan_out]`."""
+    return _flat_uniform(key, shape, math.sqrt(6 / (shape[-2] + shape[-1])), dtype)
+
+
+def normal(stddev: float, mean: float = 0.0) -> Initializer:
+    """N(mean, stddev^2); DCGAN's weights are N(0, 0.02^2), its batch-norm scales N(1, 0.02^2)."""
+
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        return mean + stddev * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
+
+    return init
+
+
+def _flat_uniform(key: Array, shape: Sequence[int], bound: float, dtype: Any) -> Array:
+    flat = jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound)
+    return flat.reshape(shape)
+
+
+def normalise_images(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """Takes images in [-1, 1] to zero mean and unit variance per channel of the data set."""
+    scale = 0.5 / jnp.asarray(std, jnp.float32)
+    shift = (0.5 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+    return images * scale.astype(images.dtype) + shift.astype(images.dtype)
+
+
+def head_logits(params: PyTree, features: Array) -> Array:
+    """Applies a classifier's last layer to features `[..., d]`: logits `[..., classes]`.
+
+    Prototypes reach the experts this way (methods, section 8). `params` is the `params`
+    collection of any classifier in this package; all call their last layer `head`.
+    """
+    head = params["head"]
+    return features @ head["kernel"].astype(features.dtype) + head["bias"].astype(features.dtype)
+
+
+class Conv(nn.Module):
+    """Square convolution with symmetric integer padding; see `convolution.convolve`."""
+
+    features: int
+    kernel_size: tuple[int, int] = (3, 3)
+    strides: int = 1
+    padding: int = 1
+    use_bias: bool = False
+    form: str = "auto"
+    kernel_init: Initializer = torch_uniform
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[batch, height, width, in]` to `[batch, height', width', features]`."""
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(x.dtype)
+        y = convolve(x, kernel, self.strides, self.padding, self.form)
+        if self.use_bias:
+            y = y + self.param("bias", _bias_init(math.prod(shape[:-1])), shape[-1:]).astype(
+                x.dtype
+            )
+        return y
+
+
+class ConvTranspose(nn.Module):
+    """Square transposed convolution without bias; see `convolution.convolve_transposed`."""
+
+    features: int
+    kernel_size: tuple[int, int] = (4, 4)
+    strides: int = 2
+    padding: int = 1
+    form: str = "auto"
+    kernel_init: Initializer = torch_uniform
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[batch, height, width, in]` to `[batch, (height - 1) stride + k - 2 padding, ...]`."""
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(x.dtype)
+        return convolve_transposed(x, kernel, self.strides, self.padding, self.form)
+
+
+class Dense(nn.Module):
+    """Linear layer with PyTorch's default initialisation of kernel and bias."""
+
+    features: int
+    kernel_init: Initializer = torch_uniform
+    bias_init: Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[..., in]` to `[..., features]`."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias_init = self.bias_init or _bias_init(x.shape[-1])
+        bias = self.param("bias", bias_init, (self.features,))
+        return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+
+
+def _bias_init(fan_in: int) -> Initializer:
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        return _flat_uniform(key, shape, 1 / math.sqrt(fan_in), dtype)
+
+    return init
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over all axes but the last, that can leave padded examples out.
+
+    Keeps Flax's conventions: `scale` and `bias` in `params`, `mean` and biased `var` in
+    `batch_stats`, new = momentum * old + (1 - momentum) * batch. A batch whose mask is all zero
+    leaves the statistics alone.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    scale_init: Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool, mask: Array | None = None) -> Array:
+        """Normalises `[batch, ..., channels]`; `mask` is `[batch]`, 1 for a real example.
+
+        In eval mode, with the collection `inversion` mutable, sows under `distance` how far the
+        batch's own statistics lie from the running ones (DeepInversion, methods, section 7).
+        """
+        channels = x.shape[-1:]
+        scale = self.param("scale", self.scale_init, channels)
+        bias = self.param("bias", nn.initializers.zeros, channels)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels)
+        mean, var = running_mean.value, running_var.value
+        if train:
+            mean, var, count = batch_statistics(x, mask)
+            if not self.is_initializing():
+                keep = jnp.where(count > 0, self.momentum, 1.0)
+                running_mean.value = keep * running_mean.value + (1 - keep) * mean
+                running_var.value = keep * running_var.value + (1 - keep) * var
+        elif self.is_mutable_collection("inversion") and not self.is_initializing():
+            own_mean, own_var, _ = batch_statistics(x, mask)
+            self.sow("inversion", "distance", _norm(own_mean - mean) + _norm(own_var - var))
+        factor = scale * jax.lax.rsqrt(var + self.epsilon)
+        return x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)
+
+
+def batch_statistics(x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+    """Mean and biased variance per channel, and how many values entered them.
+
+    The sums are products of a weight vector with the `[values, channels]` matrix: XLA:CPU runs
+    those several times faster than a reduction. The variance is taken around the mean, in a
+    second pass: one pass loses all digits where the mean is large against the spread.
+    """
+    matrix = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    repeats = matrix.shape[0] // x.shape[0]
+    if mask is None:
+        weights = jnp.ones(matrix.shape[0])
+    else:
+        weights = jnp.repeat(mask.astype(jnp.float32), repeats)
+    count = weights.sum()
+    share = weights / jnp.maximum(count, 1.0)
+    mean = share @ matrix
+    return mean, share @ jnp.square(matrix - mean), count
+
+
+def _norm(vector: Array) -> Array:
+    """Euclidean norm whose gradient at zero is zero, not NaN."""
+    square = jnp.sum(vector**2)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)

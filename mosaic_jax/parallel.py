@@ -1,0 +1,172 @@
+"""The client engine: one client's function -> all clients, over lanes, devices and hosts.
+
+Every per-client computation is written for ONE client. `map_clients` and `reduce_clients` alone know
+how many there are: `lanes` clients are vmapped at a time, the groups follow one another in a scan,
+devices of the mesh axis `clients` work side by side. `reduce_clients` sums weighted client results
+while it maps, so that no more than `lanes` client models exist at once on a device.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mosaic_jax.types import Array, PyTree, UserError
+
+AXIS = "clients"
+ClientFunction = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+def make_mesh(devices: int = 0) -> Mesh:
+    """Mesh with the one axis `clients` over the first `devices` devices (0: all).
+
+    Raises:
+      UserError: more devices asked for than there are.
+    """
+    available = jax.devices()
+    if devices > len(available):
+        raise UserError(
+            f"parallel.devices = {devices}, but there are {len(available)} "
+            f"{available[0].platform} devices"
+        )
+    return Mesh(np.array(available[: devices or None]), (AXIS,))
+
+
+def replicated(mesh: Mesh, tree: PyTree) -> PyTree:
+    """Put a tree on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def lanes_for(lanes: int, clients: int, mesh: Mesh) -> int:
+    """Clients to run at a time on a device: as asked, or 1 on CPU and all elsewhere for 0.
+
+    XLA:CPU runs the grouped convolutions that vmap makes slowly; accelerators want them.
+    """
+    share = -(-clients // mesh.size)
+    automatic = 1 if mesh.devices.flat[0].platform == "cpu" else share
+    return min(lanes or automatic, share)
+
+
+def map_clients(
+    function: Callable[[PyTree, PyTree], PyTree],
+    mesh: Mesh,
+    lanes: int = 0,
+    *,
+    debug: bool = False,
+) -> Callable[[PyTree, PyTree], PyTree]:
+    """Run `function(shared, client)` for all clients.
+
+    Args:
+      function: pure function of what all clients share and ONE client's pytree.
+      mesh: from `make_mesh`.
+      lanes: see `lanes_for`.
+      debug: a plain Python loop over clients, outside any compiled mapping.
+
+    Returns:
+      `mapped(shared, clients)`: `clients` has a leading axis [clients]; so has the result.
+    """
+    reduce = reduce_clients(lambda *args: ((), function(*args)), mesh, lanes, debug=debug)
+
+    def mapped(shared: PyTree, clients: PyTree) -> PyTree:
+        return reduce(shared, clients, jnp.zeros((count(clients), 1)))[1]
+
+    return mapped
+
+
+def reduce_clients(
+    function: ClientFunction, mesh: Mesh, lanes: int = 0, *, debug: bool = False
+) -> Callable[[PyTree, PyTree, Array], tuple[PyTree, PyTree]]:
+    """Run `function(shared, client) -> (summand, kept)` for all clients and sum while mapping.
+
+    Returns:
+      `reduced(shared, clients, weights)`, `weights` of shape [clients, sums]: the weighted sums
+      over clients of `summand`, with a leading axis [sums], and `kept` stacked over clients.
+      Any number of clients works: they are padded with copies of the last one at weight zero,
+      and what padding produced is cut off. Can be called inside a jitted function.
+    """
+    if debug:
+        return _debug(function)
+
+    def reduced(shared: PyTree, clients: PyTree, weights: Array) -> tuple[PyTree, PyTree]:
+        total = count(clients)
+        width = lanes_for(lanes, total, mesh)
+        padding = -total % (width * mesh.size)
+        clients = jax.tree.map(lambda leaf: _pad(leaf, padding), clients)
+        weights = jnp.pad(weights, ((0, padding), (0, 0)))
+        mapped = jax.shard_map(
+            lambda shared, clients, weights: _device(function, width, shared, clients, weights),
+            mesh=mesh,
+            in_specs=(P(), P(AXIS), P(AXIS)),
+            out_specs=(P(), P(AXIS)),
+            check_vma=False,
+        )
+        sums, kept = mapped(shared, clients, weights)
+        return sums, jax.tree.map(lambda leaf: leaf[:total], kept) if padding else kept
+
+    return reduced
+
+
+def count(clients: PyTree) -> int:
+    """Number of clients in a stacked pytree."""
+    return jax.tree.leaves(clients)[0].shape[0]
+
+
+def _device(
+    function: ClientFunction, lanes: int, shared: PyTree, clients: PyTree, weights: Array
+) -> tuple[PyTree, PyTree]:
+    """One device's share: a scan over groups of `lanes` clients, then the sum over devices."""
+
+    def one_group(sums: PyTree, group: PyTree) -> tuple[PyTree, PyTree]:
+        members, member_weights = group
+        summands, kept = _lanes(function, lanes, shared, members)
+        sums = jax.tree.map(lambda a, b: a + _contract(member_weights, b), sums, summands)
+        return sums, kept
+
+    groups = jax.tree.map(lambda leaf: leaf.reshape(-1, lanes, *leaf.shape[1:]), (clients, weights))
+    first = jax.tree.map(lambda leaf: leaf[0], groups)
+    shapes = jax.eval_shape(lambda group: _lanes(function, lanes, shared, group[0])[0], first)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros((weights.shape[1], *s.shape[1:]), jnp.float32), shapes
+    )
+    sums, kept = jax.lax.scan(one_group, zeros, groups)
+    kept = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), kept)
+    return jax.tree.map(lambda leaf: jax.lax.psum(leaf, AXIS), sums), kept
+
+
+def _lanes(
+    function: ClientFunction, lanes: int, shared: PyTree, members: PyTree
+) -> tuple[PyTree, PyTree]:
+    """A group of clients at once; a group of one without vmap, which keeps convolutions plain."""
+    if lanes > 1:
+        return jax.vmap(function, in_axes=(None, 0))(shared, members)
+    result = function(shared, jax.tree.map(lambda leaf: leaf[0], members))
+    return jax.tree.map(lambda leaf: leaf[None], result)
+
+
+def _contract(weights: Array, stacked: Array) -> Array:
+    """[clients, sums] x [clients, ...] -> [sums, ...]."""
+    return jnp.tensordot(weights, stacked.astype(jnp.float32), axes=(0, 0))
+
+
+def _pad(leaf: Array, padding: int) -> Array:
+    if not padding:
+        return leaf
+    return jnp.concatenate([leaf, jnp.repeat(leaf[-1:], padding, axis=0)])
+
+
+def _debug(function: ClientFunction) -> Callable[[PyTree, PyTree, Array], tuple[PyTree, PyTree]]:
+    def reduced(shared: PyTree, clients: PyTree, weights: Array) -> tuple[PyTree, PyTree]:
+        results = []
+        for i in range(count(clients)):
+            try:
+                results.append(function(shared, jax.tree.map(lambda leaf: leaf[i], clients)))
+            except Exception as error:
+                error.add_note(f"while running client {i}")
+                raise
+        summands, kept = jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+        return jax.tree.map(lambda leaf: _contract(weights, leaf), summands), kept
+
+    return reduced

@@ -1,0 +1,76 @@
+"""Evaluation: logits over a whole set in one compiled call, and the figures made of them.
+
+Test figures are for reporting; nothing in a run depends on them. Settings are chosen on the
+validation part of the clients' data (`data.validation_fraction`).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mosaic_jax import parallel
+from mosaic_jax.data.clients import to_float
+from mosaic_jax.stages.federation import Federation
+from mosaic_jax.types import Array, PyTree
+
+CHUNK = 128
+"""Images evaluated at a time; any number gives the same figures."""
+
+
+def evaluator(
+    federation: Federation, logits: Callable[[PyTree, Array], Array] | None = None
+) -> Callable[[PyTree], dict[str, float]]:
+    """Compile `evaluate(variables) -> figures`.
+
+    Args:
+      federation: test set, validation part and layout.
+      logits: (variables, images [batch, ...]) -> logits [batch, classes]; the classifier itself
+        if not given.
+
+    Returns:
+      A function giving `test_accuracy`, `local_test_accuracy` (mean over clients of the accuracy
+      on test images that follow the client's class distribution) and, where a validation part is
+      held out, `validation_accuracy`. Accuracies are fractions.
+    """
+    predict = predictor(federation, logits)
+    dataset, validation = federation.dataset, federation.validation
+
+    def evaluate(variables: PyTree) -> dict[str, float]:
+        correct = predict(variables, dataset.test_images).argmax(-1) == dataset.test_labels
+        local = [correct[shard].mean() for shard in federation.local_shards if len(shard)]
+        figures = {"test_accuracy": correct.mean(), "local_test_accuracy": np.mean(local)}
+        if len(validation):
+            chosen = predict(variables, dataset.train_images[validation]).argmax(-1)
+            figures["validation_accuracy"] = np.mean(chosen == dataset.train_labels[validation])
+        return {name: float(value) for name, value in figures.items()}
+
+    return evaluate
+
+
+def predictor(
+    federation: Federation, logits: Callable[[PyTree, Array], Array] | None = None
+) -> Callable[[PyTree, np.ndarray], np.ndarray]:
+    """Compile `predict(variables, images uint8 [n, h, w, c]) -> logits [n, classes]`.
+
+    The classifier's chunks of images are spread over the devices; `logits` that are given are
+    called for one chunk after the other, as they lay themselves out (the teacher's experts).
+    """
+
+    def classify(variables: PyTree, images: Array) -> Array:
+        return federation.model.apply(variables, to_float(images)).logits
+
+    def one_by_one(variables: PyTree, chunks: Array) -> Array:
+        assert logits is not None
+        return jax.lax.map(lambda images: logits(variables, to_float(images)), chunks)
+
+    mapped = federation.jit(one_by_one if logits else federation.map(classify))
+
+    def predict(variables: PyTree, images: np.ndarray) -> np.ndarray:
+        filled = np.pad(images, [(0, -len(images) % CHUNK), *[(0, 0)] * 3])
+        chunks = jnp.asarray(filled.reshape(-1, CHUNK, *images.shape[1:]))
+        result = mapped(variables, parallel.replicated(federation.mesh, chunks))
+        return np.asarray(jax.device_get(result)).reshape(-1, result.shape[-1])[: len(images)]
+
+    return predict

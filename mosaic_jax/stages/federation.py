@@ -1,0 +1,157 @@
+"""What every stage is given, and what every stage gives back.
+
+A `Federation` holds the settings, the classifier, the device mesh and all arrays on it. A `Stage`
+is one box of the paper's Figure 1 cut into compiled blocks: the experiment runs, logs and saves it
+without knowing what it does. Between stages runs a `State`, a plain dict of named pytrees.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mosaic_jax import parallel, rng
+from mosaic_jax.config import Config
+from mosaic_jax.data import clients as client_data
+from mosaic_jax.data.partition import class_counts, local_test_shards, partition, split_validation
+from mosaic_jax.models import build_classifier
+from mosaic_jax.types import Array, Dataset, PyTree, Variables
+
+State = dict[str, PyTree]
+Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as compiled blocks over a carried pytree.
+
+    Attributes:
+      name: also the name of its checkpoints and metrics.
+      blocks: number of compiled calls.
+      start: state -> first carry; traceable, so that checkpoints can be restored by shape.
+      block: (carry, arrays of the federation, block index) -> carry and metrics; each metric is a
+        scalar or an array [clients].
+      finish: (state, carry) -> state; traceable and cheap.
+      evaluate: state after `finish` -> named figures; never feeds back into the run.
+      client_steps: optimiser steps of all clients (or of the server) in one block.
+      download: bytes each client receives in the whole stage, [clients].
+      upload: bytes each client sends.
+    """
+
+    name: str
+    blocks: int
+    start: Callable[[State], PyTree]
+    block: Callable[[PyTree, int], tuple[PyTree, Metrics]]
+    finish: Callable[[State, PyTree], State]
+    evaluate: Callable[[State], dict[str, float]] = field(default=lambda state: {})
+    client_steps: int = 0
+    download: np.ndarray | int = 0
+    upload: np.ndarray | int = 0
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Clients, their data on the devices, the server's test set, the classifier and the mesh.
+
+    Attributes:
+      config: all settings.
+      model: the classifier every client trains.
+      mesh: the devices, one axis `clients`.
+      data: {"images" uint8 [n, h, w, c], "labels" int32 [n]}, on every device.
+      clients: packed index lists (`data.clients.pack`), [clients, ...].
+      counts: images of each class that each client trains on, int [clients, classes].
+      indices: each client's training images, as positions in `data`.
+      validation: images held out from the clients' data, as positions; may be empty.
+      dataset: host copy; its test images are used for reporting only.
+      local_shards: positions in the test set that follow each client's own class distribution.
+    """
+
+    config: Config
+    model: nn.Module
+    mesh: Mesh
+    data: PyTree
+    clients: PyTree
+    counts: np.ndarray
+    indices: list[np.ndarray]
+    validation: np.ndarray
+    dataset: Dataset
+    local_shards: list[np.ndarray]
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients."""
+        return len(self.indices)
+
+    def map(self, function: Callable[[PyTree, PyTree], PyTree]) -> Callable[..., PyTree]:
+        """`parallel.map_clients` with this run's layout."""
+        layout = self.config.parallel
+        return parallel.map_clients(function, self.mesh, layout.lanes, debug=layout.debug)
+
+    def reduce(self, function: parallel.ClientFunction) -> Callable[..., tuple[PyTree, PyTree]]:
+        """`parallel.reduce_clients` with this run's layout."""
+        layout = self.config.parallel
+        return parallel.reduce_clients(function, self.mesh, layout.lanes, debug=layout.debug)
+
+    def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """`jax.jit`, or the function itself in debug mode."""
+        return function if self.config.parallel.debug else jax.jit(function, **options)
+
+    def key(self, stage: str, round: int = 0) -> Array:
+        """Key of one stage and round of this run."""
+        return rng.key(self.config.seed, stage, round)
+
+    def initial_variables(self) -> Variables:
+        """The classifier's first weights, the same for all clients."""
+        images = jnp.zeros((1, *self.dataset.image_shape))
+        variables = jax.jit(self.model.init)(self.key("initial_variables"), images)
+        return parallel.replicated(self.mesh, variables)
+
+
+def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
+    """Partition a data set over clients and put it on the mesh.
+
+    Raises:
+      UserError: a partition that cannot be made, or an unknown model.
+    """
+    split, classes = config.partition, dataset.num_classes
+    seed = config.seed if split.seed is None else split.seed
+    whole = partition(
+        split.kind, dataset.train_labels, classes, split.clients, split.alpha, seed, split.minimum
+    )
+    indices, held_out = split_validation(
+        whole, dataset.train_labels, config.data.validation_fraction, seed
+    )
+    counts = class_counts(indices, dataset.train_labels, classes)
+    model = build_classifier(
+        config.model.name,
+        num_classes=classes,
+        width=config.model.width,
+        mean=dataset.mean,
+        std=dataset.std,
+        form=config.model.conv,
+    )
+    data = {"images": dataset.train_images, "labels": dataset.train_labels}
+    return Federation(
+        config=config,
+        model=model,
+        mesh=mesh,
+        data=parallel.replicated(mesh, data),
+        clients=parallel.replicated(
+            mesh, client_data.pack(indices, dataset.train_labels, classes)
+        ),
+        counts=counts,
+        indices=indices,
+        validation=np.concatenate(held_out).astype(np.int64),
+        dataset=dataset,
+        local_shards=local_test_shards(dataset.test_labels, counts, seed),
+    )
+
+
+def num_bytes(tree: PyTree) -> int:
+    """Bytes of a pytree of arrays (or of their shapes)."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

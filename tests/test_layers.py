@@ -1,0 +1,309 @@
+"""Layers: every form of a convolution is the same function; batch norm leaves padding out."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from mosaic_jax.models.convolution import convolve, convolve_transposed, resolve_form
+from mosaic_jax.models.layers import (
+    BatchNorm,
+    Conv,
+    ConvTranspose,
+    Dense,
+    head_logits,
+    normal,
+    torch_uniform,
+    xavier_uniform,
+)
+
+FORMS = ("gradients", "patches")
+# kernel, stride, padding, size of the map
+CASES = [
+    (3, 1, 1, 8),
+    (3, 1, 1, 5),
+    (3, 2, 1, 8),
+    (3, 2, 1, 7),
+    (1, 1, 0, 6),
+    (1, 2, 0, 6),
+    (1, 2, 0, 7),
+    (4, 2, 1, 8),
+    (4, 2, 1, 7),
+    (4, 1, 0, 7),
+    (2, 2, 0, 2),
+    (3, 1, 0, 5),
+    (5, 2, 2, 9),
+    (5, 3, 1, 10),
+    (4, 1, 3, 2),
+]
+TRANSPOSED = [(4, 2, 1, 4), (4, 2, 1, 5), (4, 1, 0, 1), (4, 1, 0, 3), (1, 1, 0, 6)]
+
+
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def assert_close(actual, desired):
+    chex.assert_trees_all_close(actual, desired, rtol=2e-4, atol=2e-4)
+
+
+def value_and_gradients(function, form, stride, padding):
+    """One client's value, input gradient and kernel gradient for a given output cotangent."""
+
+    def one(x, kernel, cotangent):
+        value, pullback = jax.vjp(lambda x, k: function(x, k, stride, padding, form), x, kernel)
+        return value, *pullback(cotangent)
+
+    return one
+
+
+def inputs(function, size, stride, padding, pixels, clients=2):
+    x = draw(0, clients, 3, pixels, pixels, 2)
+    kernel = draw(1, clients, size, size, 2, 5)
+    out = jax.eval_shape(lambda x, k: function(x, k, stride, padding, "native"), x[0], kernel[0])
+    return x, kernel, draw(2, clients, *out.shape)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("function", "case"),
+    [(convolve, case) for case in CASES] + [(convolve_transposed, case) for case in TRANSPOSED],
+)
+def test_forms_agree_alone_under_vmap_and_in_a_loop(function, case, form):
+    size, stride, padding, pixels = case
+    clients = inputs(function, size, stride, padding, pixels)
+    native = value_and_gradients(function, "native", stride, padding)
+    own = value_and_gradients(function, form, stride, padding)
+    expected = jax.jit(jax.vmap(native))(*clients)
+    assert_close(jax.jit(jax.vmap(own))(*clients), expected)
+    assert_close(jax.jit(lambda c: jax.lax.map(lambda one: own(*one), c))(clients), expected)
+
+
+@pytest.mark.parametrize("case", [(3, 1, 1, 5), (3, 2, 1, 6), (4, 2, 1, 6)])
+def test_gradient_of_one_argument_alone(case):
+    size, stride, padding, pixels = case
+    x, kernel, _ = (array[0] for array in inputs(convolve, size, stride, padding, pixels))
+
+    def loss(x, kernel, form):
+        return jnp.sum(jnp.sin(convolve(x, kernel, stride, padding, form)))
+
+    for argument in (0, 1):
+        gradient = jax.grad(loss, argument)
+        assert_close(gradient(x, kernel, "gradients"), gradient(x, kernel, "native"))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_replicated_kernel_inside_shard_map_gets_the_sum_of_gradients(stride):
+    mesh = jax.make_mesh((1,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, kernel = draw(0, 4, 6, 6, 2), draw(1, 3, 3, 2, 5)
+
+    def gradients(form):
+        def loss(x, kernel):
+            return jnp.sum(convolve(x, kernel, stride, 1, form) ** 2)
+
+        specs = PartitionSpec("clients"), PartitionSpec()
+        return jax.jit(
+            jax.shard_map(jax.grad(loss, (0, 1)), mesh=mesh, in_specs=specs, out_specs=specs)
+        )(x, kernel)
+
+    assert_close(gradients("gradients"), gradients("native"))
+
+
+def test_convolution_against_a_loop():
+    x, kernel = np.asarray(draw(0, 1, 5, 5, 2)), np.asarray(draw(1, 3, 3, 2, 4))
+    padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    expected = np.zeros((1, 3, 3, 4))
+    for i in range(3):
+        for j in range(3):
+            patch = padded[0, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
+            expected[0, i, j] = np.einsum("abc,abco->o", patch, kernel)
+    for form in ("native", *FORMS):
+        assert_close(convolve(x, kernel, 2, 1, form), expected)
+
+
+@pytest.mark.parametrize(("case", "height"), [((4, 2, 1, 5), 10), ((4, 1, 0, 1), 4)])
+def test_transposed_convolution_scatters_every_input(case, height):
+    size, stride, padding, pixels = case
+    x, kernel = np.asarray(draw(0, 1, pixels, pixels, 2)), np.asarray(draw(1, size, size, 2, 3))
+    # The definition in its scattering form; the kernel is not flipped, so taps run backwards.
+    full = np.zeros((1, (pixels - 1) * stride + size, (pixels - 1) * stride + size, 3))
+    for i in range(pixels):
+        for j in range(pixels):
+            stamp = np.einsum("c,abco->abo", x[0, i, j], kernel[::-1, ::-1])
+            full[0, i * stride : i * stride + size, j * stride : j * stride + size] += stamp
+    expected = full[:, padding : full.shape[1] - padding, padding : full.shape[2] - padding]
+    assert expected.shape == (1, height, height, 3)
+    for form in ("native", *FORMS):
+        assert_close(convolve_transposed(x, kernel, stride, padding, form), expected)
+
+
+def test_form_is_resolved_by_backend_and_unknown_ones_are_refused():
+    expected = "gradients" if jax.default_backend() == "cpu" else "native"
+    assert resolve_form("auto") == expected
+    assert resolve_form("patches") == "patches"
+    with pytest.raises(ValueError, match="winograd"):
+        resolve_form("winograd")
+
+
+def test_forms_share_their_parameters():
+    x = draw(0, 2, 8, 8, 3)
+    for layer in (functools.partial(Conv, 4, use_bias=True), functools.partial(ConvTranspose, 4)):
+        variables = layer(form="native").init(jax.random.key(0), x)
+        assert_close(
+            layer(form="gradients").apply(variables, x), layer(form="native").apply(variables, x)
+        )
+
+
+def norm_case(mask):
+    """Loss, gradients and new statistics of a batch norm over `[6, 3, 3, 4]`, first 4 real."""
+    x = 3 * draw(0, 6, 3, 3, 4) + 5
+    weight = draw(1, 6, 3, 3, 4)
+    module = BatchNorm()
+    variables = module.init(jax.random.key(0), x, True)
+    if mask is None:
+        x, weight = x[:4], weight[:4]
+
+    def loss(params, x):
+        y, updates = module.apply(
+            {**variables, "params": params}, x, True, mask, mutable=["batch_stats"]
+        )
+        return jnp.sum(y[:4] ** 2 * weight[:4]), (y[:4], updates["batch_stats"])
+
+    (value, kept), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+        variables["params"], x
+    )
+    return value, kept, gradients[0], gradients[1]
+
+
+def test_masked_examples_leave_no_trace_in_batch_norm():
+    masked = norm_case(jnp.array([1.0, 1, 1, 1, 0, 0]))
+    plain = norm_case(None)
+    np.testing.assert_array_equal(masked[3][4:], 0.0)
+    assert_close((*masked[:3], masked[3][:4]), plain)
+
+
+def test_batch_norm_against_numpy():
+    # A mean a thousand spreads away: one-pass variances lose it.
+    x = np.asarray(draw(0, 8, 4, 4, 3)) * 0.1 + np.array([100.0, -50.0, 0.0])
+    x = x.astype(np.float32)
+    module = BatchNorm()
+    variables = module.init(jax.random.key(0), x, True)
+    y, updates = module.apply(variables, x, True, mutable=["batch_stats"])
+    exact = x.astype(np.float64)
+    mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
+    np.testing.assert_allclose(y, (exact - mean) / np.sqrt(var + 1e-5), atol=5e-3)
+    stats = updates["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * mean, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * var, rtol=1e-4)
+
+
+def test_batch_norm_gradients_against_its_formula_by_autodiff():
+    x, weight = draw(0, 5, 3, 3, 4) * 2 + 1, draw(1, 5, 3, 3, 4)
+    params = {"scale": draw(2, 4), "bias": draw(3, 4)}
+    module = BatchNorm()
+    stats = module.init(jax.random.key(0), x, True)["batch_stats"]
+
+    def ours(params, x):
+        variables = {"params": params, "batch_stats": stats}
+        return jnp.sum(weight * module.apply(variables, x, True, mutable=["batch_stats"])[0])
+
+    def formula(params, x):
+        spread = jnp.sqrt(x.var((0, 1, 2)) + 1e-5)
+        y = (x - x.mean((0, 1, 2))) / spread * params["scale"] + params["bias"]
+        return jnp.sum(weight * y)
+
+    assert_close(jax.grad(ours, (0, 1))(params, x), jax.grad(formula, (0, 1))(params, x))
+
+
+def test_batch_norm_in_eval_mode_uses_running_statistics_and_keeps_them():
+    x = draw(0, 4, 2, 2, 3)
+    variables = {
+        "params": {"scale": jnp.full(3, 2.0), "bias": jnp.ones(3)},
+        "batch_stats": {"mean": jnp.full(3, 0.5), "var": jnp.full(3, 4.0)},
+    }
+    y, updates = BatchNorm().apply(variables, x, False, mutable=["batch_stats"])
+    assert_close(y, (x - 0.5) / np.sqrt(4.0 + 1e-5) * 2 + 1)
+    assert_close(updates["batch_stats"], variables["batch_stats"])
+
+
+def test_batch_of_padding_alone_changes_no_statistic_and_is_finite():
+    x = draw(0, 4, 2, 2, 3)
+    variables = BatchNorm().init(jax.random.key(0), x, True)
+
+    def total(x):
+        y, updates = BatchNorm().apply(variables, x, True, jnp.zeros(4), mutable=["batch_stats"])
+        return y.sum(), updates["batch_stats"]
+
+    gradient, stats = jax.grad(total, has_aux=True)(x)
+    assert_close(stats, variables["batch_stats"])
+    assert np.isfinite(gradient).all()
+
+
+def test_inversion_distance_is_zero_on_matching_statistics_and_grows_away_from_them():
+    x = draw(0, 16, 4, 4, 3)
+    params = {"scale": jnp.ones(3), "bias": jnp.zeros(3)}
+    stats = {"mean": x.mean((0, 1, 2)), "var": x.var((0, 1, 2))}
+    variables = {"params": params, "batch_stats": stats}
+
+    def distance(x):
+        _, sown = BatchNorm().apply(variables, x, False, mutable=["inversion"])
+        return sown["inversion"]["distance"][0]
+
+    assert distance(x) < 1e-5
+    shifted = np.asarray(x) * 2 + 1
+    expected = np.linalg.norm(shifted.mean((0, 1, 2)) - stats["mean"]) + np.linalg.norm(
+        shifted.var((0, 1, 2)) - stats["var"]
+    )
+    np.testing.assert_allclose(distance(jnp.asarray(shifted)), expected, rtol=1e-4)
+    assert np.isfinite(jax.grad(distance)(x)).all()
+
+
+def test_inversion_is_sown_only_on_request():
+    x = draw(0, 4, 2, 2, 3)
+    variables = BatchNorm().init(jax.random.key(0), x, False)
+    assert set(variables) == {"params", "batch_stats"}
+    _, updates = BatchNorm().apply(variables, x, False, mutable=["batch_stats"])
+    assert "inversion" not in updates
+    _, updates = BatchNorm().apply(variables, x, True, mutable=["batch_stats", "inversion"])
+    assert "inversion" not in updates
+
+
+@pytest.mark.parametrize(
+    ("init", "shape", "bound"),
+    [
+        (torch_uniform, (3, 3, 16, 40), 1 / 12),
+        (torch_uniform, (64, 30), 1 / 8),
+        (xavier_uniform, (30, 66), 0.25),
+    ],
+)
+def test_uniform_initialisers_fill_their_bounds(init, shape, bound):
+    values = np.asarray(init(jax.random.key(0), shape))
+    assert values.shape == shape
+    assert np.abs(values).max() <= bound
+    assert values.max() > 0.98 * bound
+    assert values.min() < -0.98 * bound
+    np.testing.assert_allclose(values.std(), bound / np.sqrt(3), rtol=0.05)
+
+
+def test_normal_initialiser_and_the_bias_of_a_dense_layer():
+    scales = np.asarray(normal(0.02, mean=1.0)(jax.random.key(0), (50, 50)))
+    np.testing.assert_allclose([scales.mean(), scales.std()], [1.0, 0.02], atol=2e-3)
+    params = Dense(1000).init(jax.random.key(0), jnp.zeros((1, 25)))["params"]
+    assert 0.19 < np.abs(params["bias"]).max() <= 0.2
+
+
+def test_head_logits_applies_the_last_layer():
+    class Classifier(nn.Module):
+        @nn.compact
+        def __call__(self, features):
+            return Dense(3, name="head")(features)
+
+    features = draw(0, 2, 4, 5)
+    variables = Classifier().init(jax.random.key(0), features)
+    expected = Classifier().apply(variables, features)
+    assert_close(head_logits(variables["params"], features), expected)

@@ -1,0 +1,226 @@
+"""Models: sizes of the paper's networks, the conventions they share, and the meta model's eyes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mosaic_jax.models import (
+    CNN,
+    Discriminator,
+    Generator,
+    MetaModel,
+    RealFakeHead,
+    ResNet,
+    build_classifier,
+    head_logits,
+)
+from mosaic_jax.types import UserError
+
+KEY = jax.random.key(0)
+
+
+def parameters(module, *shapes):
+    """Number of parameters, without making any."""
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    params = jax.eval_shape(module.init, KEY, *arguments)["params"]
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    ("depth", "classes", "expected"),
+    [
+        (18, 10, 11_173_962),
+        (18, 100, 11_220_132),
+        (34, 10, 21_282_122),
+        (34, 100, 21_328_292),
+        (50, 10, 23_520_842),
+        (50, 100, 23_705_252),
+    ],
+)
+def test_resnets_have_the_reference_size(depth, classes, expected):
+    assert parameters(ResNet(classes, depth), (2, 32, 32, 3)) == expected
+
+
+def test_generator_and_discriminator_have_the_reference_size():
+    assert parameters(Generator(), (2, 100)) == 3_573_824
+    assert parameters(Discriminator(), (2, 32, 32, 3)) == 2_759_424
+
+
+@pytest.mark.parametrize(("classes", "expected"), [(10, 948_206), (100, 20_425_196)])
+def test_meta_model_has_the_reference_size(classes, expected):
+    blind = MetaModel(classes, experts=classes, expert_embedding=False)
+    assert parameters(blind, (2, classes, classes)) == expected
+    seeing = MetaModel(classes, experts=classes)
+    added = classes * 10 * classes
+    assert parameters(seeing, (2, classes, classes)) == expected + added
+
+
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [("resnet8", 16), ("resnet18", 32), ("resnet34", 32), ("resnet50", 128), ("cnn", 16)],
+)
+def test_classifiers_share_one_convention(name, features):
+    model = build_classifier(name, 7, 4, (0.5,), (0.25,))
+    images = jax.ShapeDtypeStruct((2, 16, 16, 1), jnp.float32)
+    variables = jax.eval_shape(model.init, KEY, images)
+    assert set(variables) == {"params", "batch_stats"}
+    assert "head" in variables["params"]
+    outputs = jax.eval_shape(model.apply, variables, images)
+    assert outputs.logits.shape == (2, 7)
+    assert outputs.features.shape == (2, features)
+
+
+def test_larger_images_keep_the_feature_size():
+    model = ResNet(10, 18, width=4)
+    outputs, _ = jax.eval_shape(lambda x: model.init_with_output(KEY, x), jnp.zeros((2, 64, 64, 3)))
+    assert outputs.features.shape == (2, 32)
+
+
+def test_unknown_classifier_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'resnet18'"):
+        build_classifier("resent18", 10, 8, (0.5,), (0.5,))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A tiny ResNet-8 whose running statistics are not the initial ones, and its images."""
+    model = ResNet(5, 8, width=4, mean=(0.3, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    images = jax.random.uniform(jax.random.key(1), (6, 12, 12, 3), minval=-1.0)
+    variables = jax.jit(model.init)(KEY, images)
+    _, updates = model.apply(variables, images, True, mutable=["batch_stats"])
+    return model, {**variables, **updates}, images
+
+
+def test_classifier_normalises_images_itself(small):
+    model, variables, images = small
+    normalised = ((images + 1) / 2 - jnp.array(model.mean)) / jnp.array(model.std)
+    # Mean and std of one half make the normalisation the identity.
+    plain = model.clone(mean=(0.5,) * 3, std=(0.5,) * 3)
+    actual = model.apply(variables, images).logits
+    np.testing.assert_allclose(actual, plain.apply(variables, normalised).logits, atol=1e-5)
+    assert np.abs(actual - plain.apply(variables, images).logits).max() > 1e-3
+
+
+def test_classifier_logits_are_the_head_on_the_features(small):
+    model, variables, images = small
+    outputs = model.apply(variables, images)
+    actual = head_logits(variables["params"], outputs.features)
+    np.testing.assert_allclose(actual, outputs.logits, rtol=1e-5)
+
+
+def test_mask_reaches_every_batch_norm(small):
+    model, variables, images = small
+    train = jax.jit(lambda x, m: model.apply(variables, x, True, m, mutable=["batch_stats"]))
+    padded = images.at[4:].set(0.9)
+    outputs, stats = train(padded, jnp.array([1.0, 1, 1, 1, 0, 0]))
+    expected, expected_stats = train(images[:4], jnp.ones(4))
+    np.testing.assert_allclose(outputs.logits[:4], expected.logits, atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), stats, expected_stats)
+
+
+def test_training_mode_uses_the_batch(small):
+    model, variables, images = small
+    trained, _ = model.apply(variables, images, True, mutable=["batch_stats"])
+    assert np.abs(trained.logits - model.apply(variables, images).logits).max() > 1e-3
+
+
+def test_inversion_has_one_distance_per_batch_norm(small):
+    model, variables, images = small
+    _, sown = model.apply(variables, images, mutable=["inversion"])
+    assert len(jax.tree.leaves(sown)) == len(jax.tree.leaves(variables["batch_stats"])) // 2
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_generator_draws_images_and_the_discriminator_judges_them(size):
+    generator = Generator(size, channels=2, width=2, latent=6)
+    z = 3 * jax.random.normal(KEY, (4, 6))
+    variables = jax.jit(generator.init)(KEY, z)
+    loud = jax.tree.map(lambda p: 20 * p, variables["params"])
+    images, _ = generator.apply({**variables, "params": loud}, z, True, mutable=["batch_stats"])
+    assert images.shape == (4, size, size, 2)
+    assert np.abs(images).max() <= 1.0
+    assert images.min() < -0.5
+    assert images.max() > 0.5
+    discriminator = Discriminator(size, channels=2, width=2)
+    logits, variables = jax.jit(discriminator.init_with_output)(KEY, images)
+    assert logits.shape == (4,)
+
+
+def test_discriminator_gives_logits_of_either_sign_beyond_one():
+    discriminator = Discriminator(16, channels=1, width=2)
+    images = jax.random.uniform(KEY, (8, 16, 16, 1), minval=-1.0)
+    variables = discriminator.init(KEY, images)
+    loud = jax.tree.map(lambda p: 50 * p, variables["params"])
+    logits = discriminator.apply({**variables, "params": loud}, images)
+    assert np.abs(logits).max() > 1.0
+
+
+def test_generator_refuses_other_sizes():
+    with pytest.raises(UserError, match="image_size=28"):
+        Generator(28).init(KEY, jnp.zeros((1, 100)))
+
+
+def test_real_fake_head_gives_one_logit():
+    logits, _ = RealFakeHead().init_with_output(KEY, jnp.ones((3, 8)))
+    assert logits.shape == (3,)
+
+
+def meta(expert_embedding):
+    model = MetaModel(
+        4, experts=3, width_per_class=2, heads=2, feedforward=16, expert_embedding=expert_embedding
+    )
+    logits = jax.random.normal(KEY, (5, 3, 4))
+    return model, jax.jit(model.init)(KEY, logits), logits
+
+
+def test_meta_model_sees_which_expert_speaks_only_with_expert_embeddings():
+    for expert_embedding, sees in ((False, False), (True, True)):
+        model, variables, logits = meta(expert_embedding)
+        fused = model.apply(variables, logits)
+        swapped = model.apply(variables, logits[:, ::-1])
+        assert fused.shape == (5, 4)
+        assert (np.abs(fused - swapped).max() > 1e-3) == sees
+
+
+def test_meta_model_drops_out_in_training_only():
+    model, variables, logits = meta(True)
+    fused = model.apply(variables, logits)
+    first = model.apply(variables, logits, True, rngs={"dropout": jax.random.key(1)})
+    second = model.apply(variables, logits, True, rngs={"dropout": jax.random.key(2)})
+    np.testing.assert_array_equal(fused, model.apply(variables, logits))
+    assert np.abs(first - second).max() > 1e-3
+
+
+def test_meta_model_mixes_experts_of_one_example_only():
+    model, variables, logits = meta(True)
+    changed = model.apply(variables, logits.at[0].add(1.0)) - model.apply(variables, logits)
+    assert np.abs(changed[0]).max() > 1e-3
+    np.testing.assert_allclose(changed[1:], 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", [CNN(3, 4), ResNet(3, 8, width=4)])
+def test_classifier_learns_two_brightnesses(model):
+    labels = jnp.arange(16) % 2
+    images = (labels[:, None, None, None] - 0.5) * jnp.ones((16, 8, 8, 1))
+    images += 0.1 * jax.random.normal(KEY, images.shape)
+    variables = jax.jit(model.init)(KEY, images)
+
+    def loss(params, stats):
+        outputs, updates = model.apply(
+            {"params": params, "batch_stats": stats}, images, True, mutable=["batch_stats"]
+        )
+        chosen = jax.nn.log_softmax(outputs.logits)[jnp.arange(16), labels]
+        return -chosen.mean(), updates["batch_stats"]
+
+    @jax.jit
+    def step(params, stats):
+        (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(params, stats)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), stats, value
+
+    params, stats = variables["params"], variables["batch_stats"]
+    for _ in range(40):
+        params, stats, value = step(params, stats)
+    assert value < 0.05
+    logits = model.apply({"params": params, "batch_stats": stats}, images).logits
+    assert (logits.argmax(-1) == labels).all()
