@@ -326,8 +326,12 @@ def _check_together(config: Config) -> None:
             )
     if config.method == "mosaic" and distillation.steps and distillation.images == "generated":
         if not generator.steps:
-            raise UserError("knowledge_distillation on generated images needs generators: "
-                            "generator_optimization.steps is 0")
+            raise UserError(
+                "knowledge_distillation on generated images needs generators: "
+                "generator_optimization.steps is 0"
+            )
     if not (distillation.kl_weight or distillation.ce_weight or distillation.js_weight):
-        raise UserError("knowledge_distillation: at least one of kl_weight, ce_weight and "
-                        "js_weight must be greater than 0")
+        raise UserError(
+            "knowledge_distillation: at least one of kl_weight, ce_weight and "
+            "js_weight must be greater than 0"
+        )

@@ -63,12 +63,14 @@ def run_stage(
     finished = done == stage.blocks and done > 0
     if not finished:
         metrics.keep(
-            lambda line: line["stage"] not in later
-            and (line["stage"] != stage.name or line["block"] <= done)
+            lambda line: (
+                line["stage"] not in later
+                and (line["stage"] != stage.name or line["block"] <= done)
+            )
         )
     for block in range(done, stage.blocks):
         begin = time.perf_counter()
-        carry, figures = stage.block(carry, block)
+        carry, figures = stage.block(state, carry, block)
         figures = {name: np.asarray(value) for name, value in jax.device_get(figures).items()}
         seconds = time.perf_counter() - begin
         check_finite(stage.name, block, figures)

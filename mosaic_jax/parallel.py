@@ -128,9 +128,7 @@ def _device(
     groups = jax.tree.map(lambda leaf: leaf.reshape(-1, lanes, *leaf.shape[1:]), (clients, weights))
     first = jax.tree.map(lambda leaf: leaf[0], groups)
     shapes = jax.eval_shape(lambda group: _lanes(function, lanes, shared, group[0])[0], first)
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros((weights.shape[1], *s.shape[1:]), jnp.float32), shapes
-    )
+    zeros = jax.tree.map(lambda s: jnp.zeros((weights.shape[1], *s.shape[1:]), jnp.float32), shapes)
     sums, kept = jax.lax.scan(one_group, zeros, groups)
     kept = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), kept)
     return jax.tree.map(lambda leaf: jax.lax.psum(leaf, AXIS), sums), kept

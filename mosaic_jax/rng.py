@@ -26,8 +26,6 @@ def fold(key: Array, *numbers: int | Array) -> Array:
     return key
 
 
-def numpy_generator(
-    seed: int, stage: str, round: int = 0, client: int = 0
-) -> np.random.Generator:
+def numpy_generator(seed: int, stage: str, round: int = 0, client: int = 0) -> np.random.Generator:
     """NumPy twin of `key`, for what happens to the data on the host."""
     return np.random.default_rng([seed, zlib.crc32(stage.encode()), round, client])

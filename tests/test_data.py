@@ -49,9 +49,6 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-# Digits and synthetic
-
-
 @pytest.mark.parametrize("size", [16, 32])
 def test_digits(size: int) -> None:
     digits = load("digits", image_size=size, seed=5)
@@ -134,9 +131,6 @@ def test_impossible_requests_are_refused(name: str, options: dict, message: str)
     with pytest.raises(UserError, match=message) as caught:
         load(name, **options)
     assert "\n" not in str(caught.value)
-
-
-# Fashion-MNIST's files
 
 
 @pytest.mark.parametrize("compress", [False, True], ids=["plain", "gz"])
@@ -231,8 +225,6 @@ def test_every_registered_set_offers_its_default_size() -> None:
         source = sources.SOURCES[name]
         assert source.default_size in source.sizes
 
-
-# Clients and batches
 
 BATCH = 8
 epoch_batch = jax.jit(clients.epoch_batch, static_argnames="batch_size")
@@ -376,9 +368,6 @@ def test_uniform_batch_draws_from_all_valid_entries() -> None:
     values, counts = np.unique(drawn, return_counts=True)
     np.testing.assert_array_equal(values, client["index"][:5])
     assert ((counts - 400) ** 2 / 400).sum() < 18.5, "chi-square at 0.1%"
-
-
-# Augmentation
 
 
 @pytest.fixture

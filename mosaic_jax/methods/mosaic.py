@@ -1,2 +1,41 @@
-"""stub"""
-from mosaic_jax.methods.fedavg import stages  # noqa
+"""Mosaic (arXiv 2505.19699): the four boxes of Figure 1, in order.
+
+Rounds of local training; one more whose client models form the class-wise experts; prototypes and
+the meta model that make the experts a teacher; generators, uploaded once; distillation of the
+teacher into the student on generated images; fine-tuning rounds.
+"""
+
+from mosaic_jax.stages import (
+    generator_optimization,
+    knowledge_distillation,
+    local_update,
+    meta_model,
+    model_aggregation,
+    prototypes,
+)
+from mosaic_jax.stages.federation import Federation, Stage
+
+
+def stages(federation: Federation) -> list[Stage]:
+    """All stages; the last trains the student, under the name of the global model."""
+    config = federation.config
+    run_round = local_update.round_function(federation, config.local_update.steps)
+    warm_up, fine_tuning = config.local_update, config.fine_tuning
+    return [
+        local_update.rounds(
+            federation, run_round, "local_update", warm_up.rounds, warm_up.learning_rate
+        ),
+        model_aggregation.form_experts(federation),
+        prototypes.collect(federation),
+        meta_model.train(federation),
+        generator_optimization.train(federation),
+        knowledge_distillation.distil(federation),
+        local_update.rounds(
+            federation,
+            run_round,
+            "fine_tuning",
+            fine_tuning.rounds,
+            fine_tuning.learning_rate,
+            model="student",
+        ),
+    ]

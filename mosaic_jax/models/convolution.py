@@ -51,7 +51,8 @@ def convolve(x: Array, kernel: Array, stride: int, padding: int, form: str) -> A
         return flat[:, None, None]
     if form == "patches":
         return _patches(x, kernel, stride, padding)
-    return _own_gradients(*_same_mesh_axes(x, kernel), stride, padding)
+    x, kernel = same_mesh_axes(x, kernel)
+    return _own_gradients(x, kernel, stride, padding)
 
 
 def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int, form: str) -> Array:
@@ -192,19 +193,19 @@ def _depth_to_space(x: Array, cell: int) -> Array:
     return x.reshape(batch, height * cell, width * cell, -1)
 
 
-def _same_mesh_axes(x: Array, kernel: Array) -> tuple[Array, Array]:
-    """Inside `shard_map`, marks both as varying over the same mesh axes.
+def same_mesh_axes(*arrays: Array) -> tuple[Array, ...]:
+    """Inside `shard_map`, marks all arrays as varying over the same mesh axes.
 
     A gradient rule of one's own must return what varies like its argument; with the mark outside
     the rule, autodiff adds the sum over devices that a replicated kernel needs.
     """
-    axes = _varying(x) | _varying(kernel)
+    axes = frozenset().union(*map(_varying, arrays))
 
     def mark(array: Array) -> Array:
         missing = tuple(axes - _varying(array))
         return lax.pcast(array, missing, to="varying") if missing else array
 
-    return mark(x), mark(kernel)
+    return tuple(map(mark, arrays))
 
 
 def _varying(array: Array) -> frozenset[str]:

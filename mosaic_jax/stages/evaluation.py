@@ -59,7 +59,7 @@ def predictor(
     """
 
     def classify(variables: PyTree, images: Array) -> Array:
-        return federation.model.apply(variables, to_float(images)).logits
+        return federation.outputs(variables, to_float(images)).logits
 
     def one_by_one(variables: PyTree, chunks: Array) -> Array:
         assert logits is not None

@@ -7,7 +7,7 @@ without knowing what it does. Between stages runs a `State`, a plain dict of nam
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ from mosaic_jax.config import Config
 from mosaic_jax.data import clients as client_data
 from mosaic_jax.data.partition import class_counts, local_test_shards, partition, split_validation
 from mosaic_jax.models import build_classifier
-from mosaic_jax.types import Array, Dataset, PyTree, Variables
+from mosaic_jax.types import Array, Dataset, Outputs, PyTree, Variables
 
 State = dict[str, PyTree]
 Metrics = Mapping[str, Any]
@@ -34,8 +34,8 @@ class Stage:
       name: also the name of its checkpoints and metrics.
       blocks: number of compiled calls.
       start: state -> first carry; traceable, so that checkpoints can be restored by shape.
-      block: (carry, arrays of the federation, block index) -> carry and metrics; each metric is a
-        scalar or an array [clients].
+      block: (state, carry, block index) -> carry and metrics; each metric is a scalar or an
+        array [clients].
       finish: (state, carry) -> state; traceable and cheap.
       evaluate: state after `finish` -> named figures; never feeds back into the run.
       client_steps: optimiser steps of all clients (or of the server) in one block.
@@ -46,7 +46,7 @@ class Stage:
     name: str
     blocks: int
     start: Callable[[State], PyTree]
-    block: Callable[[PyTree, int], tuple[PyTree, Metrics]]
+    block: Callable[[State, PyTree, int], tuple[PyTree, Metrics]]
     finish: Callable[[State, PyTree], State]
     evaluate: Callable[[State], dict[str, float]] = field(default=lambda state: {})
     client_steps: int = 0
@@ -101,6 +101,10 @@ class Federation:
         """`jax.jit`, or the function itself in debug mode."""
         return function if self.config.parallel.debug else jax.jit(function, **options)
 
+    def outputs(self, variables: Variables, images: Array) -> Outputs:
+        """The classifier in eval mode: logits and features of images in [-1, 1]."""
+        return cast(Outputs, self.model.apply(variables, images))
+
     def key(self, stage: str, round: int = 0) -> Array:
         """Key of one stage and round of this run."""
         return rng.key(self.config.seed, stage, round)
@@ -141,9 +145,7 @@ def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
         model=model,
         mesh=mesh,
         data=parallel.replicated(mesh, data),
-        clients=parallel.replicated(
-            mesh, client_data.pack(indices, dataset.train_labels, classes)
-        ),
+        clients=parallel.replicated(mesh, client_data.pack(indices, dataset.train_labels, classes)),
         counts=counts,
         indices=indices,
         validation=np.concatenate(held_out).astype(np.int64),

@@ -25,7 +25,7 @@ def local_update(
     variables: Variables,
     data: PyTree,
     client: PyTree,
-    learning_rate: Array,
+    learning_rate: Array | float,
     key: Array,
     first_step: Array | int,
     steps: int,
@@ -63,9 +63,7 @@ def local_update(
         gradient, (statistics, sums) = jax.grad(_loss, argnums=1, has_aux=True)(
             federation, variables["params"], variables["batch_stats"], images, labels, mask
         )
-        updates, optimizer_state = optimizer.update(
-            gradient, optimizer_state, variables["params"]
-        )
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, variables["params"])
         params = optax.apply_updates(variables["params"], updates)
         return ({"params": params, "batch_stats": statistics}, optimizer_state), sums
 
@@ -156,7 +154,7 @@ def rounds(
     learning_rate: float,
     model: str = "global",
 ) -> Stage:
-    """`count` FedAvg rounds as a stage; trains `state[model]` and stores it as `state["global"]`."""
+    """`count` FedAvg rounds as a stage, from `state[model]` to `state["global"]`."""
     steps = federation.config.local_update.steps
     evaluate = evaluator(federation)
     size = num_bytes(jax.eval_shape(federation.initial_variables))
@@ -164,7 +162,7 @@ def rounds(
     rate = jnp.float32(learning_rate)
     first_key = federation.key(name)
 
-    def block(variables: Variables, index: int) -> tuple[Variables, PyTree]:
+    def block(state: State, variables: Variables, index: int) -> tuple[Variables, PyTree]:
         sums, metrics = run_round(
             variables,
             federation.data,

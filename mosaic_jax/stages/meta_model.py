@@ -1,0 +1,161 @@
+"""The meta model: a small transformer that fuses the experts' logits into the teacher's.
+
+Trained with cross-entropy on the prototypes, as the experts' heads see them; the teacher uses the
+exponential moving average of its weights, without the bias towards their random start.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mosaic_jax import rng
+from mosaic_jax.data.clients import epoch_batch
+from mosaic_jax.models import MetaModel, head_logits
+from mosaic_jax.stages.evaluation import evaluator
+from mosaic_jax.stages.federation import Federation, Stage, State
+from mosaic_jax.stages.model_aggregation import expert_logits, expert_weights
+from mosaic_jax.types import Array, PyTree
+
+
+def build(federation: Federation) -> MetaModel:
+    """The meta model for as many experts as there are classes."""
+    settings, classes = federation.config.meta_model, federation.dataset.num_classes
+    return MetaModel(
+        num_classes=classes,
+        experts=classes,
+        feedforward=settings.feedforward,
+        dropout=settings.dropout,
+        expert_embedding=settings.expert_embedding,
+    )
+
+
+def teacher_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
+    """The MoE teacher: `({"experts", "meta"}, images [batch, ...]) -> logits [batch, classes]`."""
+    model, logits = build(federation), expert_logits(federation)
+    _, assignment = expert_weights(federation.counts)
+
+    def teacher(variables: PyTree, images: Array) -> Array:
+        tokens = logits(variables["experts"], images)[:, assignment]
+        return cast(Array, model.apply(variables["meta"], tokens))
+
+    return teacher
+
+
+def uniform_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
+    """Log of the mean of the class experts' probabilities: the plain ensemble."""
+    logits = expert_logits(federation)
+    _, assignment = expert_weights(federation.counts)
+
+    def ensemble(variables: PyTree, images: Array) -> Array:
+        each = jax.nn.log_softmax(logits(variables["experts"], images)[:, assignment])
+        return jax.nn.logsumexp(each, axis=1)
+
+    return ensemble
+
+
+def training_set(federation: Federation, state: State) -> PyTree:
+    """Prototypes as the experts' heads see them.
+
+    Returns:
+      "logits" [prototypes, experts, classes], "labels" [prototypes], and, packed like a client's
+      images, "index" with the valid prototypes first and their number "size".
+    """
+    features = jnp.moveaxis(state["prototypes"]["features"], 1, -2)  # [N, C, k, experts, d]
+    classes = features.shape[1]
+    heads = jax.vmap(head_logits, in_axes=(0, -2), out_axes=-2)
+    logits = heads(state["experts"]["params"], features)
+    labels = jnp.broadcast_to(jnp.arange(classes)[None, :, None], features.shape[:3])
+    valid = state["prototypes"]["valid"].reshape(-1)
+    return {
+        "logits": logits.reshape(-1, *logits.shape[3:]),
+        "labels": labels.reshape(-1),
+        "index": jnp.argsort(valid <= 0, stable=True),
+        "size": valid.sum().astype(jnp.int32),
+    }
+
+
+def train(federation: Federation) -> Stage:
+    """Train the meta model on shuffled epochs of all prototypes, as one compiled call."""
+    settings, model = federation.config.meta_model, build(federation)
+    optimizer = optax.adam(settings.learning_rate)
+    average = optax.ema(settings.ema, debias=True)
+    _, assignment = expert_weights(federation.counts)
+    key = federation.key("meta_model")
+
+    def loss(params: PyTree, logits: Array, labels: Array, mask: Array, key: Array) -> Array:
+        outputs: Any = model.apply({"params": params}, logits, train=True, rngs={"dropout": key})
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+        return (losses * mask).sum() / mask.sum()
+
+    def step(carry: PyTree, number: Array, examples: PyTree) -> tuple[PyTree, Array]:
+        positions, mask = epoch_batch(examples, number, key, settings.batch_size)
+        logits = examples["logits"][positions][:, assignment]
+        value, gradient = jax.value_and_grad(loss)(
+            carry["params"], logits, examples["labels"][positions], mask, rng.fold(key, number, 1)
+        )
+        updates, adam = optimizer.update(gradient, carry["optimizer"])
+        params = optax.apply_updates(carry["params"], updates)
+        mean, ema = average.update(params, carry["ema"])
+        return {"params": params, "optimizer": adam, "ema": ema, "mean": mean}, value
+
+    @federation.jit
+    def train_all(state: State) -> tuple[PyTree, Array]:
+        examples = training_set(federation, state)
+        numbers = jnp.arange(settings.steps)
+        first = _initial(model, optimizer, average, rng.fold(key, 0))
+        carry, losses = jax.lax.scan(lambda c, n: step(c, n, examples), first, numbers)
+        return carry["mean"], losses
+
+    def start(state: State) -> PyTree:
+        return {"params": _initial(model, optimizer, average, rng.fold(key, 0))["params"]}
+
+    def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
+        inputs = {"experts": state["experts"], "prototypes": state["prototypes"]}
+        mean, losses = train_all(inputs)
+        return {"params": mean}, {"loss": losses[-10:].mean()}
+
+    return Stage(
+        name="meta_model",
+        blocks=1,
+        start=start,
+        block=block,
+        finish=lambda state, carry: state | {"meta": carry},
+        evaluate=_evaluate(federation),
+        client_steps=settings.steps,
+    )
+
+
+def _initial(
+    model: MetaModel,
+    optimizer: optax.GradientTransformation,
+    average: optax.GradientTransformation,
+    key: Array,
+) -> PyTree:
+    tokens = jnp.zeros((1, model.experts, model.num_classes))
+    params = model.init(key, tokens)["params"]
+    return {
+        "params": params,
+        "optimizer": optimizer.init(params),
+        "ema": average.init(params),
+        "mean": params,
+    }
+
+
+def _evaluate(federation: Federation) -> Callable[[State], dict[str, float]]:
+    figures = {
+        "teacher": evaluator(federation, teacher_logits(federation)),
+        "uniform": evaluator(federation, uniform_logits(federation)),
+    }
+
+    def evaluate(state: State) -> dict[str, float]:
+        variables = {"experts": state["experts"], "meta": state["meta"]}
+        return {
+            f"{name}_{figure}": value
+            for name, of in figures.items()
+            for figure, value in of(variables).items()
+        }
+
+    return evaluate

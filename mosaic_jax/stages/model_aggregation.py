@@ -1,0 +1,90 @@
+"""Model aggregation (paper, Figure 1c): client models become class-wise experts.
+
+Expert c is the mean of the client models weighted by how many images of class c each trained on:
+theta_c = sum_i n_ic theta_i / sum_i n_ic, batch-norm statistics included. All experts and the
+global model are one weighted contraction that streams over the clients. Classes with equal weight
+rows have the same expert: only different ones are kept, and `assignment` says whose each class is.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mosaic_jax.stages.evaluation import evaluator
+from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
+from mosaic_jax.stages.local_update import round_function, size_weights
+from mosaic_jax.types import Array, PyTree, Variables
+
+
+def expert_weights(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the mixing matrix, and which row each class uses.
+
+    Args:
+      counts: images n_ic, [clients, classes].
+
+    Returns:
+      Different weight rows, float32 [experts, clients], each summing to 1, and int32 [classes].
+      A class nobody holds gets the global mean's row.
+    """
+    held = counts.sum(axis=0) > 0
+    shares = np.where(held, counts, counts.sum(axis=1, keepdims=True)).astype(np.float64)
+    shares /= shares.sum(axis=0)
+    rows, assignment = np.unique(shares.T.astype(np.float32), axis=0, return_inverse=True)
+    return rows, assignment.reshape(-1).astype(np.int32)
+
+
+def form_experts(federation: Federation) -> Stage:
+    """One more round, whose client models give the experts and the next global model."""
+    config = federation.config
+    run_round = round_function(federation, config.model_aggregation.steps)
+    rows, _ = expert_weights(federation.counts)
+    weights = jnp.concatenate([size_weights(federation), jnp.asarray(rows).T], axis=1)
+    rate = jnp.float32(config.local_update.learning_rate)
+    key = federation.key("model_aggregation")
+    evaluate = evaluator(federation)
+    shape = jax.eval_shape(federation.initial_variables)
+
+    def start(state: State) -> PyTree:
+        experts = jax.tree.map(
+            lambda leaf: jnp.zeros((len(rows), *leaf.shape), leaf.dtype), state["global"]
+        )
+        return {"global": state["global"], "experts": experts}
+
+    def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
+        sums, metrics = run_round(
+            carry["global"], federation.data, federation.clients, weights, rate, key, jnp.int32(0)
+        )
+        split = {
+            "global": jax.tree.map(lambda leaf: leaf[0], sums),
+            "experts": jax.tree.map(lambda leaf: leaf[1:], sums),
+        }
+        return split, metrics
+
+    return Stage(
+        name="model_aggregation",
+        blocks=1,
+        start=start,
+        block=block,
+        finish=lambda state, carry: state | carry,
+        evaluate=lambda state: {
+            f"global_{name}": value for name, value in evaluate(state["global"]).items()
+        },
+        client_steps=config.model_aggregation.steps * federation.num_clients,
+        download=num_bytes(shape),
+        upload=num_bytes(shape) + 4 * federation.counts.shape[1],
+    )
+
+
+def expert_logits(federation: Federation) -> Any:
+    """`(experts [experts, ...], images) -> logits [batch, experts, classes]`, one batched call.
+
+    The stacked experts are laid over the mesh like clients.
+    """
+    mapped = federation.map(lambda images, expert: federation.outputs(expert, images).logits)
+
+    def logits(experts: Variables, images: Array) -> Array:
+        return jnp.swapaxes(mapped(images, experts), 0, 1)
+
+    return logits
