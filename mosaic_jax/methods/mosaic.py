@@ -17,25 +17,29 @@ from mosaic_jax.stages.federation import Federation, Stage
 
 
 def stages(federation: Federation) -> list[Stage]:
-    """All stages; the last trains the student, under the name of the global model."""
+    """All stages; the last trains the student, under the name of the global model.
+
+    Without distillation steps there is no student, and fine-tuning continues the global model;
+    the real-image oracle needs no generators.
+    """
     config = federation.config
-    run_round = local_update.round_function(federation, config.local_update.steps)
     warm_up, fine_tuning = config.local_update, config.fine_tuning
-    return [
+    distillation = config.knowledge_distillation
+    run_round = local_update.round_function(federation, warm_up.steps)
+    plan = [
         local_update.rounds(
             federation, run_round, "local_update", warm_up.rounds, warm_up.learning_rate
         ),
         model_aggregation.form_experts(federation),
         prototypes.collect(federation),
         meta_model.train(federation),
-        generator_optimization.train(federation),
-        knowledge_distillation.distil(federation),
-        local_update.rounds(
-            federation,
-            run_round,
-            "fine_tuning",
-            fine_tuning.rounds,
-            fine_tuning.learning_rate,
-            model="student",
-        ),
     ]
+    if distillation.steps and distillation.images == "generated":
+        plan.append(generator_optimization.train(federation))
+    if distillation.steps:
+        plan.append(knowledge_distillation.distil(federation))
+    student = "student" if distillation.steps else "global"
+    tuning = local_update.rounds(
+        federation, run_round, "fine_tuning", fine_tuning.rounds, fine_tuning.learning_rate, student
+    )
+    return [*plan, tuning]

@@ -1,8 +1,8 @@
 """Batch norm as a pure function whose sums are matrix products, forward and backward.
 
-XLA:CPU runs a vector of weights times the `[values, channels]` matrix several times faster than
-the reduction over all axes but the last that autodiff writes, hence a gradient rule of our own.
-The weights are the same everywhere, or zero on padded examples.
+XLA:CPU is faster at a vector of weights times the `[values, channels]` matrix than at the
+reductions autodiff writes, hence a gradient rule of our own: with ReLU, forward and backward of
+`[64, 32, 32, 8]` in a loop took 1.3 ms of CPU time against 2.3. Padded examples weigh nothing.
 """
 
 import jax

@@ -1,0 +1,40 @@
+"""Mosaic on scikit-learn's embedded handwritten digits: the demonstration.
+
+    python -m mosaic_jax.main --config=configs/digits.py --workdir=runs/digits
+
+Options: `:mild`, `:moderate` (default), `:severe`, `:small`; they combine, as in `:severe,small`.
+"""
+
+from ml_collections import ConfigDict
+
+from mosaic_jax import config
+
+SETTINGS = {
+    "data.name": "digits",
+    "model.name": "resnet8",
+    "model.width": 8,
+    "local_update.rounds": 20,
+    "local_update.batch_size": 32,
+    "local_update.learning_rate": 0.05,
+    "generator_optimization.steps": 600,
+    "generator_optimization.batch_size": 32,
+    "generator_optimization.width": 16,
+    "generator_optimization.adversary_width": 16,
+    "meta_model.feedforward": 256,
+    "knowledge_distillation.steps": 200,
+    "knowledge_distillation.images_per_generator": 13,
+    "knowledge_distillation.learning_rate": 1e-3,
+    "fine_tuning.rounds": 5,
+    "fine_tuning.learning_rate": 1e-3,
+}
+SMALL = {
+    "local_update.rounds": 5,
+    "generator_optimization.steps": 100,
+    "knowledge_distillation.steps": 50,
+    "fine_tuning.rounds": 2,
+}
+
+
+def get_config(options: str = "") -> ConfigDict:
+    """Settings; see `mosaic_jax.config.make` for the options."""
+    return config.make(options, SETTINGS, SMALL)

@@ -1,0 +1,168 @@
+"""Command line: `python -m mosaic_jax.main --config=configs/digits.py --workdir=runs/digits`.
+
+Parses flags, sets up devices and the compilation cache, says what will run, runs it with a progress
+bar, and ends with the result table and figures. Everything it calls can be imported and called.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mosaic_jax import config as configuration
+from mosaic_jax import experiment, parallel, report
+from mosaic_jax.data import sources
+from mosaic_jax.stages import federation as federations
+from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.types import UserError
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    help_string="Settings file, with options: configs/digits.py:severe or configs/digits.py:small.",
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; the same one resumes it.")
+
+USER_ERROR = 2
+"""Exit status of a run the user can mend."""
+
+
+def main(argv: list[str]) -> int:
+    """Run what the flags ask for; returns the exit status."""
+    console = Console()
+    try:
+        config = _settings(argv)
+        _set_up_jax()
+        federation = prepare(config)
+        workdir = Path(WORKDIR.value or f"runs/{config.data.name}")
+        experiment.claim(workdir, config)
+        console.print(plan(federation, workdir))
+        with _progress(console) as progress:
+            experiment.run(federation, workdir, Watcher(progress))
+        report.show(workdir, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def prepare(config: configuration.Config) -> Federation:
+    """Load the data and lay the federation over the devices.
+
+    Raises:
+      UserError: data that are missing, or settings they cannot serve.
+    """
+    dataset = sources.load(
+        config.data.name,
+        directory=config.data.directory,
+        image_size=config.data.image_size,
+        train_images=config.data.train_images,
+        test_images=config.data.test_images,
+        seed=config.seed,
+    )
+    return federations.build(config, dataset, parallel.make_mesh(config.parallel.devices))
+
+
+def _settings(argv: list[str]) -> configuration.Config:
+    """Flags -> checked settings; every way they can be wrong ends in a `UserError`."""
+    try:
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is None:
+            raise UserError("--config is missing; for example --config=configs/digits.py")
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(_unknown_config(str(error.filename))) from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(" ".join(str(error).strip("'\"").split())) from None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; settings are given as --config.name=value")
+    return configuration.from_config_dict(CONFIG.value.to_dict())
+
+
+def _unknown_config(name: str) -> str:
+    known = sorted(str(path) for path in Path("configs").glob("*.py"))
+    return configuration.unknown("config", name, known)
+
+
+def _set_up_jax() -> None:
+    """Keep compiled programs between runs, in the user's cache directory unless set otherwise."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "mosaic_jax" / "compilation"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it writes
+    warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")
+
+
+def plan(federation: Federation, workdir: Path) -> Table:
+    """What will run: clients with their class histogram, model, devices and directory."""
+    config, devices = federation.config, federation.mesh.devices.flatten()
+    variables = jax.eval_shape(federation.initial_variables)
+    size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    lanes = parallel.lanes_for(config.parallel.lanes, federation.num_clients, federation.mesh)
+    table = Table(
+        title=f"{config.method} on {config.data.name}, alpha {config.partition.alpha:g}, "
+        f"seed {config.seed}",
+        caption=f"{config.model.name} of width {config.model.width}, {size:,} parameters; "
+        f"{len(devices)} {devices[0].platform} device(s), {lanes} client(s) at a time on each; "
+        f"{federation.dataset.image_shape} images, {len(federation.dataset.test_labels)} for "
+        f"testing; work directory {workdir}",
+    )
+    table.add_column("client", justify="right")
+    table.add_column("images", justify="right")
+    for label in range(federation.counts.shape[1]):
+        table.add_column(str(label), justify="right")
+    for client in range(min(federation.num_clients, 20)):
+        row = federation.counts[client]
+        table.add_row(str(client), str(row.sum()), *(str(n) if n else "·" for n in row))
+    total = federation.counts.sum(axis=0)
+    table.add_section()
+    table.add_row(f"all {federation.num_clients}", str(total.sum()), *map(str, total))
+    return table
+
+
+class Watcher:
+    """Shows each block on a progress bar and each evaluation as a line."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.tasks: dict[str, Any] = {}
+
+    def __call__(self, stage: Stage, done: int, seconds: float, figures: dict[str, Any]) -> None:
+        """See `experiment.Watcher`."""
+        if stage.name not in self.tasks:
+            self.tasks[stage.name] = self.progress.add_task(stage.name, total=stage.blocks, rate="")
+        rate = f"{stage.client_steps / max(seconds, 1e-9):,.0f} client-steps/s"
+        self.progress.update(self.tasks[stage.name], completed=done, rate=rate)
+        found = {name: v for name, v in figures.items() if name.endswith("test_accuracy")}
+        if found:
+            text = ", ".join(f"{n.replace('_', ' ')} {100 * v:.1f}%" for n, v in found.items())
+            loss = f", loss {np.mean(figures['loss']):.3f}" if "loss" in figures else ""
+            self.progress.console.print(f"{stage.name} {done}/{stage.blocks}: {text}{loss}")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
