@@ -63,7 +63,7 @@ class StageCheckpoints:
                         carry=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()
                     ),
                 )
-                carry = structure.unflatten([restored["carry"][name] for name in target])
+                carry = jax.tree.unflatten(structure, [restored["carry"][name] for name in target])
                 if checksum(carry) != restored["meta"]["crc"]:
                     raise ValueError("checksum differs")
             except Exception as error:  # orbax raises bare Exception on damaged files

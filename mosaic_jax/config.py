@@ -63,6 +63,7 @@ class LocalUpdate:
     steps: int = 10  # SGD steps a client makes in a round
     batch_size: int = 64
     learning_rate: float = 0.01
+    final_learning_rate: float | None = None  # reached by a cosine over the rounds; None: constant
     momentum: float = 0.0
     weight_decay: float = 1e-4  # L2, on all parameters
 
@@ -72,6 +73,7 @@ class ModelAggregation:
     """The round whose client models become class-wise experts."""
 
     steps: int = 10  # local steps of that round
+    learning_rate: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,6 @@ class GeneratorOptimization:
 
     steps: int = 2000  # one adversary and one generator step each
     block_steps: int = 100  # steps in one compiled call
-    local_steps: int = 10  # local SGD steps that give the frozen classifier f0
     batch_size: int = 64
     latent: int = 100  # dimension of z
     width: int = 64  # channels of the generator's last hidden map
@@ -198,7 +199,6 @@ MAY_BE_ZERO = {
     "partition.seed",
     "local_update.rounds",
     "generator_optimization.steps",
-    "generator_optimization.local_steps",
     "knowledge_distillation.steps",
     "fine_tuning.rounds",
     "generator_optimization.inversion_threshold",
@@ -324,12 +324,12 @@ def _check_together(config: Config) -> None:
                 f"{name}.steps = {stage.steps} is not a multiple of "
                 f"{name}.block_steps = {stage.block_steps}"
             )
-    if config.method == "mosaic" and distillation.steps and distillation.images == "generated":
-        if not generator.steps:
-            raise UserError(
-                "knowledge_distillation on generated images needs generators: "
-                "generator_optimization.steps is 0"
-            )
+    needs_generators = distillation.steps > 0 and distillation.images == "generated"
+    if config.method == "mosaic" and needs_generators and not generator.steps:
+        raise UserError(
+            "knowledge_distillation on generated images needs generators: "
+            "generator_optimization.steps is 0"
+        )
     if not (distillation.kl_weight or distillation.ce_weight or distillation.js_weight):
         raise UserError(
             "knowledge_distillation: at least one of kl_weight, ce_weight and "

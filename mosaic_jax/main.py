@@ -85,7 +85,9 @@ def _settings(argv: list[str]) -> configuration.Config:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(" ".join(str(error).strip("'\"").split())) from None
     if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; settings are given as --config.name=value")
+        raise UserError(
+            f"unexpected argument {rest[1]!r}; settings are given as --config.name=value"
+        )
     return configuration.from_config_dict(CONFIG.value.to_dict())
 
 

@@ -1,9 +1,9 @@
 """The client engine: one client's function -> all clients, over lanes, devices and hosts.
 
-Every per-client computation is written for ONE client. `map_clients` and `reduce_clients` alone know
-how many there are: `lanes` clients are vmapped at a time, the groups follow one another in a scan,
-devices of the mesh axis `clients` work side by side. `reduce_clients` sums weighted client results
-while it maps, so that no more than `lanes` client models exist at once on a device.
+Every per-client computation is written for ONE client. `map_clients` and `reduce_clients` alone
+know how many there are: `lanes` clients are vmapped at a time, the groups follow one another in a
+scan, devices of the mesh axis `clients` work side by side. `reduce_clients` sums weighted client
+results while it maps, so that no more than `lanes` client models exist at once on a device.
 """
 
 from collections.abc import Callable
@@ -155,12 +155,16 @@ def _pad(leaf: Array, padding: int) -> Array:
     return jnp.concatenate([leaf, jnp.repeat(leaf[-1:], padding, axis=0)])
 
 
+def _client(clients: PyTree, number: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[number], clients)
+
+
 def _debug(function: ClientFunction) -> Callable[[PyTree, PyTree, Array], tuple[PyTree, PyTree]]:
     def reduced(shared: PyTree, clients: PyTree, weights: Array) -> tuple[PyTree, PyTree]:
         results = []
         for i in range(count(clients)):
             try:
-                results.append(function(shared, jax.tree.map(lambda leaf: leaf[i], clients)))
+                results.append(function(shared, _client(clients, i)))
             except Exception as error:
                 error.add_note(f"while running client {i}")
                 raise

@@ -10,6 +10,7 @@ import io
 import json
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,8 @@ TRAINING = {"local_update": "rounds", "knowledge_distillation": "steps", "fine_t
 """Stages that train the global model, and what they are counted in."""
 FUSED = {"MoE teacher": "teacher_", "uniform ensemble": "uniform_"}
 HEALTH = {
-    "real_score": "adversary's score of real images",
-    "fake_score": "adversary's score of generated images",
+    "real_score": "score of real images",
+    "fake_score": "score of generated images",
     "spread": "spread of generated images",
     "generator_loss": "generator loss",
     "adversary_loss": "adversary loss",
@@ -105,17 +106,30 @@ def load(workdir: Path) -> Run:
     if not (workdir / "config.json").is_file():
         what = "holds no run (no config.json)" if workdir.is_dir() else "is not a directory"
         raise UserError(f"{workdir} {what}; give the --workdir of a run")
-    clients, samples = workdir / "clients.json", workdir / "samples.npz"
+    return Run(
+        config=_read(workdir / "config.json", _read_json),
+        lines=_read(workdir / "metrics.jsonl", lambda path: MetricsFile(path).read()) or [],
+        clients=_read(workdir / "clients.json", _read_json),
+        samples=_read(workdir / "samples.npz", _read_samples),
+        finished=(workdir / "summary.json").exists(),
+    )
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+    """The file's content, or None where there is no file."""
     try:
-        return Run(
-            config=json.loads((workdir / "config.json").read_text()),
-            lines=MetricsFile(workdir / "metrics.jsonl").read(),
-            clients=json.loads(clients.read_text()) if clients.exists() else None,
-            samples=dict(np.load(samples)) if samples.exists() else None,
-            finished=(workdir / "summary.json").exists(),
-        )
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{workdir} holds a damaged file: {error}") from None
+        return reader(path) if path.exists() else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
+
+
+def _read_samples(path: Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as samples:
+        return {kind: samples[kind] for kind in ("real", "generated")}
 
 
 def result_rows(workdir: Path) -> list[Row]:
@@ -294,7 +308,7 @@ def _class_histogram(figure: "Figure", run: Run) -> None:
     figure.set_size_inches(np.clip(0.45 * classes, 4, 12) + 2.5, np.clip(0.28 * rows, 2, 9) + 1.2)
     axis, norm = figure.subplots(), LogNorm(1, max(2, int(shown.max())))
     image = axis.imshow(np.ma.masked_equal(shown, 0), norm=norm, cmap="YlGnBu", aspect="auto")
-    figure.colorbar(image, ax=axis, label="images (white: none)")
+    figure.colorbar(image, ax=axis, label="images (white: none)", format="%g")
     if rows <= 30 and classes <= 20:
         for (row, column), count in np.ndenumerate(shown):
             colour = "white" if norm(max(count, 1)) > 0.6 else "black"
@@ -315,7 +329,8 @@ def _curves(figure: "Figure", run: Run) -> None:
     """Test accuracy through the stages on one axis; under it the loss of each."""
     losses = {stage: [each for each in run.of(stage) if "loss" in each] for stage in TRAINING}
     shown = [stage for stage in TRAINING if len(losses[stage]) > 1]
-    figure.set_size_inches(10, 6.5 if shown else 4)
+    figure.set_size_inches(10, 7 if shown else 4)
+    figure.suptitle(f"{run.title()}, seed {run.config.get('seed')}")
     grid = figure.add_gridspec(2 if shown else 1, max(1, len(shown)))
     _accuracy_curve(figure.add_subplot(grid[0, :]), run)
     for column, stage in enumerate(shown):
@@ -323,11 +338,12 @@ def _curves(figure: "Figure", run: Run) -> None:
         steps = [each["block"] * run.block_steps(stage) for each in losses[stage]]
         values = [each["loss"] for each in losses[stage]]
         axis.plot(steps, [np.mean(each) for each in values])
+        axis.locator_params(axis="x", integer=True)
         if np.ndim(values[0]):
             low, high = ([limit(each) for each in values] for limit in (np.min, np.max))
-            axis.fill_between(steps, low, high, alpha=0.2, lw=0, label="all clients")
-            axis.legend(frameon=False)
-        axis.set(title=f"{stage}: loss", xlabel=TRAINING[stage])
+            axis.fill_between(steps, low, high, alpha=0.2, lw=0)
+        band = "\n(mean and range over clients)" if np.ndim(values[0]) else "\n"
+        axis.set(title=f"{stage}: loss{band}", xlabel=TRAINING[stage])
 
 
 def _accuracy_curve(axis: "Axes", run: Run) -> None:
@@ -362,7 +378,7 @@ def _accuracy_curve(axis: "Axes", run: Run) -> None:
     axis.set_xticks(list(marks), list(marks.values()))
     axis.set(ylabel="test accuracy (%)", xlim=(0, max(1, offset)))
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(frameon=False, loc="best")
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
 
 
 def _generator_health(figure: "Figure", run: Run) -> None:
@@ -377,19 +393,21 @@ def _generator_health(figure: "Figure", run: Run) -> None:
             look = (
                 {"label": f"client {client}"}
                 if values.shape[1] <= NAMED_CLIENTS
-                else {"color": "0.8"}
+                else {"color": "0.8", "label": "one client"}
             )
             axis.plot(steps, own, lw=1, marker="." if len(steps) < 20 else "", **look)
         axis.plot(steps, np.median(values, axis=1), color="black", lw=2, label="median")
-        axis.set(title=title, xlabel="steps", ylim=(0, 1) if "score" in name else (None, None))
+        axis.set(title=title, xlabel="steps")
         if name == "spread" and run.samples and run.samples["real"].shape[1] > 1:
             real = run.samples["real"].std(axis=1, ddof=1).mean() / 127.5
-            axis.axhline(real, color="black", ls="--", label=f"real images' spread {real:.2f}")
+            axis.axhline(real, color="black", ls="--", label=f"spread of real images, {real:.2f}")
+        if "loss" not in name:
+            axis.set_ylim(0, None if name == "spread" else 1)
     handles = {line.get_label(): line for axis in panels for line in axis.get_lines()}
     named = [line for label, line in handles.items() if not str(label).startswith("_")]
     corner.legend(handles=named, loc="center", frameon=False)
     corner.axis("off")
-    figure.suptitle(f"Generators of {values.shape[1]} clients")
+    figure.suptitle(f"Generators of {values.shape[1]} clients; scores are their adversary's")
 
 
 def _generator_samples(figure: "Figure", run: Run) -> None:
@@ -407,7 +425,7 @@ def _generator_samples(figure: "Figure", run: Run) -> None:
     axis.set_xticks([side / 2, side * 1.5 + width // 2], ["real", "generated"])
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
-    axis.set_title(f"Samples{_first(rows, len(run.samples['real']))}")
+    axis.set_title(f"Samples; classes by frequency{_first(rows, len(run.samples['real']))}")
 
 
 def _mosaic(images: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """All randomness, folded in from what it is for: seed, stage, round, client, step.
 
-Nothing holds random state. A key depends on names and numbers alone, so a resumed run draws what the
-undisturbed one drew, and a client's stream depends neither on the other clients nor on how many
-run side by side.
+Nothing holds random state. A key depends on names and numbers alone, so a resumed run draws what
+the undisturbed one drew, and a client's stream depends neither on the other clients nor on how
+many run side by side.
 """
 
 import zlib

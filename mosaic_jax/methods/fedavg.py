@@ -6,10 +6,5 @@ from mosaic_jax.stages.federation import Federation, Stage
 
 def stages(federation: Federation) -> list[Stage]:
     """The whole method is one stage."""
-    settings = federation.config.local_update
-    run_round = local_update.round_function(federation, settings.steps)
-    return [
-        local_update.rounds(
-            federation, run_round, "local_update", settings.rounds, settings.learning_rate
-        )
-    ]
+    run_round = local_update.round_function(federation, federation.config.local_update.steps)
+    return [local_update.warm_up(federation, run_round)]

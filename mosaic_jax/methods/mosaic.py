@@ -23,13 +23,10 @@ def stages(federation: Federation) -> list[Stage]:
     the real-image oracle needs no generators.
     """
     config = federation.config
-    warm_up, fine_tuning = config.local_update, config.fine_tuning
-    distillation = config.knowledge_distillation
-    run_round = local_update.round_function(federation, warm_up.steps)
+    distillation, fine_tuning = config.knowledge_distillation, config.fine_tuning
+    run_round = local_update.round_function(federation, config.local_update.steps)
     plan = [
-        local_update.rounds(
-            federation, run_round, "local_update", warm_up.rounds, warm_up.learning_rate
-        ),
+        local_update.warm_up(federation, run_round),
         model_aggregation.form_experts(federation),
         prototypes.collect(federation),
         meta_model.train(federation),

@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mosaic_jax import parallel, rng
 from mosaic_jax.config import Config
@@ -108,6 +109,19 @@ class Federation:
     def key(self, stage: str, round: int = 0) -> Array:
         """Key of one stage and round of this run."""
         return rng.key(self.config.seed, stage, round)
+
+    def fresh(self, tree: PyTree) -> PyTree:
+        """A copy on every device, which a compiled block may take over (donation)."""
+        copy = jax.jit(
+            lambda tree: jax.tree.map(jnp.copy, tree),
+            out_shardings=NamedSharding(self.mesh, P()),
+        )
+        return copy(tree)
+
+    def empty(self, function: Callable[..., PyTree], *args: PyTree) -> PyTree:
+        """Zeros of the shapes that `function(*args)` returns; nothing is computed."""
+        shapes = jax.eval_shape(function, *args)
+        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
     def initial_variables(self) -> Variables:
         """The classifier's first weights, the same for all clients."""

@@ -6,6 +6,7 @@ the paper, the local model itself with a real/fake head. The generator is upload
 else of this stage leaves the client.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
@@ -17,7 +18,6 @@ from mosaic_jax import rng
 from mosaic_jax.data.clients import crop_and_flip, to_float, uniform_batch
 from mosaic_jax.models import Discriminator, Generator, RealFakeHead
 from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
-from mosaic_jax.stages.local_update import local_update
 from mosaic_jax.types import Array, PyTree, Variables
 
 LOSS_WEIGHTS = ("entropy_weight", "diversity_weight", "inversion_weight")
@@ -124,7 +124,7 @@ class Adversary:
 
 
 class ClientGenerator:
-    """Start, step and upload of ONE client's generator."""
+    """Start and steps of ONE client's generator; `client["frozen"]` is its own model, f0."""
 
     def __init__(self, federation: Federation):
         self.federation = federation
@@ -138,22 +138,11 @@ class ClientGenerator:
         return optax.adam(learning_rate, self.settings.beta1, self.settings.beta2)
 
     def start(self, shared: PyTree, client: PyTree) -> PyTree:
-        """Frozen classifier f0 (the received model after local steps) and fresh networks."""
+        """Fresh networks and optimisers."""
         key = rng.fold(shared["key"], client["id"])
-        frozen, _ = local_update(
-            self.federation,
-            shared["variables"],
-            shared["data"],
-            client,
-            self.federation.config.local_update.learning_rate,
-            rng.fold(shared["key"], 0),
-            0,
-            self.settings.local_steps,
-        )
         generator = self.generator.init(rng.fold(key, 1), jnp.zeros((2, self.settings.latent)))
-        adversary = self.adversary.init(rng.fold(key, 2), frozen)
+        adversary = self.adversary.init(rng.fold(key, 2), client["frozen"])
         return {
-            "frozen": frozen,
             "generator": generator,
             "adversary": adversary,
             "generator_optimizer": self.optimizer(0.0).init(generator["params"]),
@@ -182,7 +171,7 @@ class ClientGenerator:
             shared, carry, real, fake, labels, rng.fold(key, 5)
         )
         loss, towards = jax.value_and_grad(self._generator_loss)(
-            fake, adversary, carry["frozen"], client, shared, rng.fold(key, 5)
+            fake, adversary, client, shared, rng.fold(key, 5)
         )
         updates, generator_state = self.optimizer(shared["learning_rate"]).update(
             pull_back(towards)[0], carry["generator_optimizer"]
@@ -191,7 +180,6 @@ class ClientGenerator:
         mean, average = self.average.update(params, carry["average"])
         statistics = updated["batch_stats"]
         carry = {
-            "frozen": carry["frozen"],
             "generator": {"params": params, "batch_stats": statistics},
             "adversary": adversary,
             "generator_optimizer": generator_state,
@@ -218,7 +206,6 @@ class ClientGenerator:
         self,
         fake: Array,
         adversary: Variables,
-        frozen: Variables,
         client: PyTree,
         shared: PyTree,
         key: Array,
@@ -227,7 +214,7 @@ class ClientGenerator:
             adversary["params"], adversary.get("batch_stats", {}), self.augment(fake, key)
         )
         loss = jax.nn.softplus(-verdict).mean()
-        settings, weights, model = self.settings, shared["loss_weights"], self.federation.model
+        settings, weights, frozen = self.settings, shared["loss_weights"], client["frozen"]
         if settings.entropy_weight or settings.diversity_weight:
             logits = self.federation.outputs(frozen, fake).logits
             loss += weights["entropy_weight"] * entropy_loss(logits)
@@ -235,7 +222,7 @@ class ClientGenerator:
         if settings.inversion_threshold and settings.inversion_weight:
             is_small = client["size"] < settings.inversion_threshold
             weight = jnp.where(is_small, weights["inversion_weight"], 0.0)
-            loss += weight * inversion_loss(model, frozen, fake)
+            loss += weight * inversion_loss(self.federation.model, frozen, fake)
         return loss
 
     def augment(self, images: Array, key: Array) -> Array:
@@ -259,24 +246,25 @@ def train(federation: Federation) -> Stage:
         "loss_weights": {name: jnp.float32(getattr(settings, name)) for name in LOSS_WEIGHTS},
     }
 
-    def block_of_one(shared: PyTree, client: PyTree) -> tuple[PyTree, PyTree]:
+    def block_of_one(shared: PyTree, pair: PyTree) -> tuple[PyTree, PyTree]:
+        client, carry = pair
         numbers = shared["first_step"] + jnp.arange(settings.block_steps)
         carry, health = jax.lax.scan(
-            lambda carry, number: client_generator.step(shared, client["client"], carry, number),
-            client["carry"],
+            lambda carry, number: client_generator.step(shared, client, carry, number),
+            carry,
             numbers,
         )
         return carry, jax.tree.map(lambda leaf: leaf[-10:].mean(), health)
 
     start_all = federation.jit(federation.map(client_generator.start))
-    block_all = federation.jit(federation.map(block_of_one))
+    block_all = federation.jit(_paired(federation.map(block_of_one)), donate_argnums=2)
 
-    def start(state: State) -> PyTree:
-        return start_all(shared | {"variables": state["global"]}, federation.clients)
+    def clients(state: State) -> PyTree:
+        return federation.clients | {"frozen": state["clients"]}
 
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
         first = shared | {"first_step": jnp.int32(index * settings.block_steps)}
-        return block_all(first, {"client": federation.clients, "carry": carry})
+        return block_all(first, clients(state), carry)
 
     upload = jax.eval_shape(
         client_generator.generator.init, jax.random.key(0), jnp.zeros((1, settings.latent))
@@ -284,12 +272,17 @@ def train(federation: Federation) -> Stage:
     return Stage(
         name="generator_optimization",
         blocks=settings.steps // settings.block_steps,
-        start=start,
+        start=lambda state: start_all(shared, clients(state)),
         block=block,
         finish=lambda state, carry: state | {"generators": carry["upload"]},
         client_steps=settings.block_steps * federation.num_clients,
         upload=num_bytes(upload),
     )
+
+
+def _paired(mapped: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """Clients and what they carry as separate arguments, so that only the latter is donated."""
+    return lambda shared, clients, carry: mapped(shared, (clients, carry))
 
 
 def sampler(federation: Federation, images: int) -> Any:

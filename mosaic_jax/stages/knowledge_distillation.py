@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mosaic_jax import rng
 from mosaic_jax.data.clients import crop_and_flip, to_float
@@ -83,15 +85,19 @@ def distil(federation: Federation) -> Stage:
             {"loss": value, "agreement": agreement, "teacher_certainty": certainty},
         )
 
-    @federation.jit
     def run_block(carry: PyTree, inputs: PyTree, first: Array) -> tuple[PyTree, PyTree]:
         numbers = first + jnp.arange(settings.block_steps)
         carry, metrics = jax.lax.scan(lambda c, n: step(c, n, inputs), carry, numbers)
         return carry, jax.tree.map(jnp.mean, metrics)
 
+    everywhere = NamedSharding(federation.mesh, P())
+    compiled = federation.jit(run_block, donate_argnums=0, out_shardings=everywhere)
+
     def start(state: State) -> PyTree:
         student = state["global"]
-        return {"student": student, "optimizer": optimizer.init(student["params"])}
+        return federation.fresh(
+            {"student": student, "optimizer": optimizer.init(student["params"])}
+        )
 
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
         inputs = {
@@ -101,7 +107,7 @@ def distil(federation: Federation) -> Stage:
             "key": stage_key,
             "learning_rate": rate,
         }
-        return run_block(carry, inputs, jnp.int32(index * settings.block_steps))
+        return compiled(carry, inputs, jnp.int32(index * settings.block_steps))
 
     evaluate = evaluator(federation)
     return Stage(

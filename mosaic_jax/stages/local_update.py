@@ -17,7 +17,7 @@ from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
 from mosaic_jax.types import Array, PyTree, Variables
 
-Round = Callable[..., tuple[Variables, PyTree]]
+Round = Callable[..., PyTree]
 
 
 def local_update(
@@ -97,16 +97,23 @@ def _loss(
     return losses.sum() / mask.sum(), (updated["batch_stats"], sums)
 
 
-def round_function(federation: Federation, steps: int) -> Round:
-    """Compile one round; the same function serves every round, weighting and learning rate.
+def round_function(federation: Federation, steps: int, keep: bool = False) -> Round:
+    """Compile one round; the same function serves every round and learning rate.
+
+    Args:
+      federation: model, clients and layout.
+      steps: SGD steps of each client.
+      keep: whether the clients' models outlive the round, rather than their sums only.
 
     Returns:
-      `round(variables, data, clients, weights, learning_rate, key, first_step)`: weighted sums of
-      the clients' models, [sums, ...] for weights [clients, sums], and their metrics [clients].
+      `round(variables, data, clients, weights, learning_rate, key, first_step)`, which takes
+      `variables` over (they are donated) and gives a dict: "global", the first weighted sum of the
+      clients' models, "others", the sums of the other columns of weights [clients, sums],
+      "metrics" [clients] and, if kept, "clients".
     """
 
     def one_client(shared: PyTree, client: PyTree) -> tuple[Variables, PyTree]:
-        return local_update(
+        variables, metrics = local_update(
             federation,
             shared["variables"],
             shared["data"],
@@ -116,6 +123,7 @@ def round_function(federation: Federation, steps: int) -> Round:
             shared["first_step"],
             steps,
         )
+        return variables, {"metrics": metrics} | ({"clients": variables} if keep else {})
 
     reduce = federation.reduce(one_client)
 
@@ -127,7 +135,7 @@ def round_function(federation: Federation, steps: int) -> Round:
         learning_rate: Array,
         key: Array,
         first_step: Array,
-    ) -> tuple[Variables, PyTree]:
+    ) -> PyTree:
         shared = {
             "variables": variables,
             "data": data,
@@ -135,9 +143,23 @@ def round_function(federation: Federation, steps: int) -> Round:
             "key": key,
             "first_step": first_step,
         }
-        return reduce(shared, clients, weights)
+        sums, kept = reduce(shared, clients, weights)
+        return kept | {
+            "global": jax.tree.map(lambda leaf: leaf[0], sums),
+            "others": jax.tree.map(lambda leaf: leaf[1:], sums),
+        }
 
-    return federation.jit(one_round)
+    return federation.jit(one_round, donate_argnums=0)
+
+
+def warm_up(federation: Federation, run_round: Round) -> Stage:
+    """The rounds of `local_update`, their learning rate constant or falling along a cosine."""
+    settings = federation.config.local_update
+    rate, last = settings.learning_rate, settings.final_learning_rate
+    schedule = optax.cosine_decay_schedule(
+        rate, max(settings.rounds, 1), alpha=1.0 if last is None else last / rate
+    )
+    return rounds(federation, run_round, "local_update", settings.rounds, schedule)
 
 
 def size_weights(federation: Federation) -> Array:
@@ -151,28 +173,31 @@ def rounds(
     run_round: Round,
     name: str,
     count: int,
-    learning_rate: float,
+    learning_rate: float | optax.Schedule,
     model: str = "global",
 ) -> Stage:
-    """`count` FedAvg rounds as a stage, from `state[model]` to `state["global"]`."""
+    """`count` FedAvg rounds as a stage, from `state[model]` to `state["global"]`.
+
+    `learning_rate` is a number or a function of the round.
+    """
     steps = federation.config.local_update.steps
     evaluate = evaluator(federation)
     size = num_bytes(jax.eval_shape(federation.initial_variables))
     weights = size_weights(federation)
-    rate = jnp.float32(learning_rate)
+    schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
     first_key = federation.key(name)
 
     def block(state: State, variables: Variables, index: int) -> tuple[Variables, PyTree]:
-        sums, metrics = run_round(
+        result = run_round(
             variables,
             federation.data,
             federation.clients,
             weights,
-            rate,
+            jnp.float32(schedule(index)),
             first_key,
             jnp.int32(index * steps),
         )
-        return jax.tree.map(lambda leaf: leaf[0], sums), metrics
+        return result["global"], result["metrics"]
 
     def finish(state: State, variables: Variables) -> State:
         return state | {"global": variables}
@@ -180,7 +205,7 @@ def rounds(
     return Stage(
         name=name,
         blocks=count,
-        start=lambda state: state[model],
+        start=lambda state: federation.fresh(state[model]),
         block=block,
         finish=finish,
         evaluate=lambda state: evaluate(state["global"]),

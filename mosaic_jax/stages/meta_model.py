@@ -101,16 +101,15 @@ def train(federation: Federation) -> Stage:
         mean, ema = average.update(params, carry["ema"])
         return {"params": params, "optimizer": adam, "ema": ema, "mean": mean}, value
 
+    def first() -> PyTree:
+        return _initial(model, optimizer, average, rng.fold(key, 0))
+
     @federation.jit
     def train_all(state: State) -> tuple[PyTree, Array]:
         examples = training_set(federation, state)
         numbers = jnp.arange(settings.steps)
-        first = _initial(model, optimizer, average, rng.fold(key, 0))
-        carry, losses = jax.lax.scan(lambda c, n: step(c, n, examples), first, numbers)
+        carry, losses = jax.lax.scan(lambda c, n: step(c, n, examples), first(), numbers)
         return carry["mean"], losses
-
-    def start(state: State) -> PyTree:
-        return {"params": _initial(model, optimizer, average, rng.fold(key, 0))["params"]}
 
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
         inputs = {"experts": state["experts"], "prototypes": state["prototypes"]}
@@ -120,7 +119,7 @@ def train(federation: Federation) -> Stage:
     return Stage(
         name="meta_model",
         blocks=1,
-        start=start,
+        start=lambda state: {"params": federation.empty(first)["params"]},
         block=block,
         finish=lambda state, carry: state | {"meta": carry},
         evaluate=_evaluate(federation),

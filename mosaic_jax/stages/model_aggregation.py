@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mosaic_jax.stages.evaluation import evaluator
-from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
+from mosaic_jax.stages.federation import Federation, Stage, num_bytes
 from mosaic_jax.stages.local_update import round_function, size_weights
 from mosaic_jax.types import Array, PyTree, Variables
 
@@ -36,44 +36,38 @@ def expert_weights(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def form_experts(federation: Federation) -> Stage:
-    """One more round, whose client models give the experts and the next global model."""
+    """One more round, whose client models give the experts and the next global model.
+
+    Leaves in the state "global", "experts" [experts, ...] and "clients" [clients, ...]: a client's
+    own model stays with it and is the frozen classifier of its generator optimisation.
+    """
     config = federation.config
-    run_round = round_function(federation, config.model_aggregation.steps)
+    run_round = round_function(federation, config.model_aggregation.steps, keep=True)
     rows, _ = expert_weights(federation.counts)
     weights = jnp.concatenate([size_weights(federation), jnp.asarray(rows).T], axis=1)
-    rate = jnp.float32(config.local_update.learning_rate)
+    rate = jnp.float32(config.model_aggregation.learning_rate)
     key = federation.key("model_aggregation")
     evaluate = evaluator(federation)
-    shape = jax.eval_shape(federation.initial_variables)
+    size = num_bytes(jax.eval_shape(federation.initial_variables))
 
-    def start(state: State) -> PyTree:
-        experts = jax.tree.map(
-            lambda leaf: jnp.zeros((len(rows), *leaf.shape), leaf.dtype), state["global"]
-        )
-        return {"global": state["global"], "experts": experts}
-
-    def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
-        sums, metrics = run_round(
-            carry["global"], federation.data, federation.clients, weights, rate, key, jnp.int32(0)
-        )
-        split = {
-            "global": jax.tree.map(lambda leaf: leaf[0], sums),
-            "experts": jax.tree.map(lambda leaf: leaf[1:], sums),
-        }
-        return split, metrics
+    def run(variables: Variables) -> tuple[PyTree, PyTree]:
+        data, clients = federation.data, federation.clients
+        result = run_round(variables, data, clients, weights, rate, key, jnp.int32(0))
+        models = {"global": result["global"], "experts": result["others"]}
+        return models | {"clients": result["clients"]}, result["metrics"]
 
     return Stage(
         name="model_aggregation",
         blocks=1,
-        start=start,
-        block=block,
+        start=lambda state: federation.empty(lambda v: run(v)[0], state["global"]),
+        block=lambda state, carry, index: run(federation.fresh(state["global"])),
         finish=lambda state, carry: state | carry,
         evaluate=lambda state: {
             f"global_{name}": value for name, value in evaluate(state["global"]).items()
         },
         client_steps=config.model_aggregation.steps * federation.num_clients,
-        download=num_bytes(shape),
-        upload=num_bytes(shape) + 4 * federation.counts.shape[1],
+        download=size,
+        upload=size + 4 * federation.counts.shape[1],
     )
 
 

@@ -153,9 +153,6 @@ def collect(federation: Federation) -> Stage:
         shared = {"global": state["global"], "experts": state["experts"]}
         return compiled(shared | {"data": federation.data, "key": key}, clients)
 
-    def start(state: State) -> PyTree:
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run, state))
-
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
         prototypes = run(state)
         return prototypes, {"prototypes": prototypes["valid"].sum((1, 2))}
@@ -164,7 +161,7 @@ def collect(federation: Federation) -> Stage:
     return Stage(
         name="prototypes",
         blocks=1,
-        start=start,
+        start=lambda state: federation.empty(run, state),
         block=block,
         finish=lambda state, carry: state | {"prototypes": carry},
         download=download,

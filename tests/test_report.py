@@ -1,0 +1,290 @@
+"""Reports on work directories written here from literal values: tables, figures, gaps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mosaic_jax import report
+from mosaic_jax.types import UserError
+
+FIGURES = ["class_histogram.png", "curves.png", "generator_health.png", "generator_samples.png"]
+COUNTS = [[120, 0, 3], [0, 40, 0]]
+
+
+def accuracies(test: float, local: float, validation: float | None = None, prefix: str = "") -> Any:
+    found = {"test_accuracy": test, "local_test_accuracy": local}
+    if validation is not None:
+        found["validation_accuracy"] = validation
+    return {prefix + name: value for name, value in found.items()}
+
+
+def traffic(down: Any, up: Any) -> dict[str, Any]:
+    return {"download_bytes": down, "upload_bytes": up}
+
+
+def generator_line(block: int, clients: int) -> dict[str, Any]:
+    rise = np.linspace(0.1, 0.3, clients) * block
+    figures = {
+        "real_score": 0.8 - 0.2 * rise,
+        "fake_score": 0.2 + 0.2 * rise,
+        "spread": 0.3 * rise,
+        "generator_loss": 2 - rise,
+        "adversary_loss": 1 + rise,
+    }
+    plain = {name: value.tolist() for name, value in figures.items()}
+    return {"stage": "generator_optimization", "block": block, "seconds": 1.0, **plain}
+
+
+def mosaic_lines(clients: int = 2, shift: float = 0.0) -> list[dict[str, Any]]:
+    """A whole run whose student after fine-tuning scores 0.7 + shift."""
+    losses = np.linspace(1.0, 2.0, clients)
+    meta = accuracies(0.66, 0.69, 0.68, "teacher_") | accuracies(0.62, 0.64, 0.6, "uniform_")
+    stages: list[tuple[str, list[dict[str, Any]]]] = [
+        (
+            "local_update",
+            [
+                {"loss": (losses / 1).tolist()},
+                {"loss": (losses / 2).tolist()} | accuracies(0.4, 0.42, 0.41) | traffic(2000, 2000),
+            ],
+        ),
+        ("model_aggregation", [accuracies(0.5, 0.52, 0.51, "global_") | traffic(1000, 1040)]),
+        ("prototypes", [traffic(0, [1000] + [3000] * (clients - 1))]),
+        ("meta_model", [meta | {"loss": 0.5} | traffic(0, 0)]),
+    ]
+    lines = [
+        {"stage": stage, "block": number, "seconds": 1.5, **figures}
+        for stage, blocks in stages
+        for number, figures in enumerate(blocks, start=1)
+    ]
+    lines += [generator_line(1, clients), generator_line(2, clients) | traffic(0, 1_500_000)]
+    for stage, test in (("knowledge_distillation", 0.6), ("fine_tuning", 0.7 + shift)):
+        lines += [
+            {"stage": stage, "block": 1, "seconds": 2.0, "loss": 0.9, **accuracies(0.55, 0.5, 0.5)},
+            {"stage": stage, "block": 2, "seconds": 2.0, "loss": 0.8}
+            | accuracies(test, 0.61, 0.62)
+            | traffic(0, 0),
+        ]
+    return lines
+
+
+def write_run(
+    workdir: Path,
+    lines: list[dict[str, Any]],
+    method: str = "mosaic",
+    seed: int = 0,
+    ended: bool = True,
+    counts: list[list[int]] | None = COUNTS,
+    channels: int | None = 1,
+) -> Path:
+    workdir.mkdir()
+    config = {
+        "seed": seed,
+        "method": method,
+        "data": {"name": "digits"},
+        "partition": {"clients": len(counts or COUNTS), "alpha": 0.1},
+        "generator_optimization": {"block_steps": 100},
+        "knowledge_distillation": {"block_steps": 50},
+        "parallel": {"lanes": seed},
+    }
+    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if counts is not None:
+        clients = {"class_counts": counts, "dataset": "digits", "classes": len(counts[0])}
+        (workdir / "clients.json").write_text(json.dumps(clients))
+    if channels is not None:
+        shape = (len(counts or COUNTS), 8, 16, 16, channels)
+        real, generated = np.random.default_rng(0).integers(0, 256, (2, *shape), np.uint8)
+        np.savez(workdir / "samples.npz", real=real, generated=generated)
+    if ended:
+        (workdir / "summary.json").write_text("{}")
+    return workdir
+
+
+def fedavg_lines(tests: list[float], validations: list[float] | None = None) -> Any:
+    given: list[float | None] = [*validations] if validations else [None] * len(tests)
+    return [
+        {"stage": "local_update", "block": 10 * n, "seconds": 1.0, **accuracies(test, 0.3, value)}
+        for n, (test, value) in enumerate(zip(tests, given, strict=True), start=1)
+    ]
+
+
+def cells(table: Any) -> list[list[str]]:
+    return [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
+
+
+def colours(path: Path) -> int:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        image.load()
+        return len(image.convert("RGB").getcolors(maxcolors=1 << 24))
+
+
+def command(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mosaic_jax.report", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_mosaic_rows_come_from_the_right_stages(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", mosaic_lines())
+    assert report.result_rows(run) == [
+        ("global model (FedAvg)", 0.5, 0.52, 0.51),
+        ("uniform ensemble of experts", 0.62, 0.64, 0.6),
+        ("MoE teacher", 0.66, 0.69, 0.68),
+        ("student before distillation", 0.5, 0.52, 0.51),
+        ("student after distillation", 0.6, 0.61, 0.62),
+        ("student after fine-tuning", 0.7, 0.61, 0.62),
+    ]
+    assert cells(report.result_table(run))[2] == ["MoE teacher", "66.0", "69.0", "68.0"]
+
+
+def test_costs_are_summed_and_averaged_over_clients(tmp_path: Path) -> None:
+    rows = cells(report.cost_table(write_run(tmp_path / "run", mosaic_lines())))
+    assert rows[0] == ["local_update", "2", "3.0", "2.0 kB", "2.0 kB"]
+    assert rows[2] == ["prototypes", "1", "1.5", "0 bytes", "2.0 kB"]
+    assert rows[4] == ["generator_optimization", "2", "2.0", "0 bytes", "1.5 MB"]
+    assert rows[-1] == ["total", "", "17.5", "3.0 kB", "1.5 MB"]
+
+
+def test_fedavg_gives_last_best_and_mean_of_last_ten(tmp_path: Path) -> None:
+    tests = [0.9, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.6, 0.4, 0.5]
+    run = write_run(tmp_path / "run", fedavg_lines(tests), method="fedavg", channels=None)
+    last, best, mean = report.result_rows(run)
+    assert last == ("global model, last round", 0.5, 0.3, None)
+    assert best == ("global model, best round on test", 0.9, 0.3, None)
+    assert mean[0] == "global model, mean of last 10 evaluations"
+    assert mean[1:3] == pytest.approx((sum(tests[-10:]) / 10, 0.3))
+    assert mean[3] is None
+    table = report.result_table(run)
+    assert "Best round: 10; last: 120." in str(table.caption)
+    assert cells(table)[0] == ["global model, last round", "50.0", "30.0", "-"]
+
+
+def test_best_round_is_chosen_on_validation_where_there_is_any(tmp_path: Path) -> None:
+    lines = fedavg_lines([0.9, 0.5, 0.4], [0.1, 0.8, 0.3])
+    run = write_run(tmp_path / "run", lines, method="fedavg")
+    assert report.result_rows(run)[1] == ("global model, best round on validation", 0.5, 0.3, 0.8)
+    assert report.result_rows(run)[2][3] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_figures_show_something_and_are_deterministic(tmp_path: Path, channels: int) -> None:
+    run = write_run(tmp_path / "run", mosaic_lines(), channels=channels)
+    paths = report.figures(run)
+    assert paths == [run / "figures" / name for name in FIGURES]
+    assert all(colours(path) > 30 for path in paths)
+    if channels == 3:
+        with Image.open(paths[-1]) as image:
+            pixels = np.asarray(image.convert("RGB")).astype(int)
+        assert np.ptp(pixels, axis=-1).max() > 100
+    before = [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in report.figures(run)] == before
+
+
+def test_a_hundred_clients_and_classes_fit(tmp_path: Path) -> None:
+    counts = np.random.default_rng(1).integers(0, 9, (130, 100)).tolist()
+    run = write_run(tmp_path / "run", mosaic_lines(130), counts=counts)
+    for path in report.figures(run):
+        with Image.open(path) as image:
+            assert max(image.size) < 2000
+
+
+def test_a_killed_run_reports_what_is_there(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", mosaic_lines()[:3], ended=False, counts=None, channels=None)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "meta_mo')
+    labels = [row[0] for row in report.result_rows(run)]
+    assert labels == ["global model (FedAvg)", "student before distillation"]
+    assert "has not ended: model_aggregation, block 1" in str(report.result_table(run).caption)
+    assert [path.name for path in report.figures(run)] == ["curves.png"]
+
+
+def test_a_stage_that_has_not_ended_has_no_traffic_yet(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", mosaic_lines()[:1], ended=False)
+    assert report.result_rows(run) == []
+    expected = [["local_update", "1", "1.5", "-", "-"], ["total", "", "1.5", "0 bytes", "0 bytes"]]
+    assert cells(report.cost_table(run)) == expected
+    assert [path.name for path in report.figures(run)] == [FIGURES[0], FIGURES[1], FIGURES[3]]
+
+
+def test_before_the_experts_the_local_rounds_are_reported(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", mosaic_lines()[:2], ended=False)
+    assert report.result_rows(run) == [("global model, local update so far", 0.4, 0.42, 0.41)]
+
+
+def test_a_run_with_nothing_recorded_has_empty_tables(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [], ended=False, counts=None, channels=None)
+    (run / "metrics.jsonl").unlink()
+    assert report.result_rows(run) == []
+    assert report.figures(run) == []
+    assert "nothing recorded" in report.summary_text(run)
+
+
+def test_mean_and_sample_standard_deviation_over_runs(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / f"run{seed}", mosaic_lines(shift=shift), seed=seed)
+        for seed, shift in enumerate([-0.02, 0.0, 0.02])
+    ]
+    cut = write_run(tmp_path / "cut", mosaic_lines()[:3], seed=3, ended=False)
+    table = report.mean_table([*runs, cut])
+    rows = {row[0]: row[1:] for row in cells(table)}
+    assert rows["student after fine-tuning"] == ["70.0 ± 2.0", "61.0 ± 0.0", "62.0 ± 0.0", "3"]
+    assert rows["global model (FedAvg)"][-1] == "4"
+    assert "4 runs, 3 ended; settings that differ: seed." in str(table.caption)
+
+
+def test_a_run_counts_once(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", mosaic_lines())
+    with pytest.raises(UserError, match="named twice"):
+        report.mean_table([run, run / ".." / "run"])
+
+
+def test_runs_of_different_settings_are_said_to_be_so(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", mosaic_lines())
+    two = write_run(tmp_path / "two", mosaic_lines(), counts=[[1, 2, 3]] * 3)
+    assert "differ: partition.clients." in str(report.mean_table([one, two]).caption)
+
+
+@pytest.mark.parametrize("name", ["config.json", "clients.json", "metrics.jsonl", "samples.npz"])
+def test_damaged_files_are_an_answer(tmp_path: Path, name: str) -> None:
+    run = write_run(tmp_path / "run", mosaic_lines())
+    (run / name).write_text("{not this\n")
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        report.result_rows(run)
+
+
+def test_command_prints_tables_and_paths(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", mosaic_lines())
+    done = command(run)
+    assert done.returncode == 0, done.stderr
+    assert "student after fine-tuning" in done.stdout
+    assert "knowledge_distillation" in done.stdout
+    assert done.stdout.splitlines()[-4:] == [str(run / "figures" / name) for name in FIGURES]
+
+
+def test_command_averages_several_directories(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"r{n}", mosaic_lines(), seed=n, channels=None) for n in range(2)]
+    done = command(*runs)
+    assert done.returncode == 0, done.stderr
+    assert "70.0 ± 0.0" in done.stdout
+    assert str(runs[1] / "figures" / "curves.png") in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
+def test_command_answers_a_directory_without_run_in_one_line(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "nothing")
+    done = command(tmp_path / "nothing")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    assert str(tmp_path / "nothing") in done.stderr
