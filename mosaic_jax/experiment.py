@@ -36,6 +36,7 @@ def run(federation: Federation, workdir: Path, watch: Watcher = lambda *args: No
     """
     claim(workdir, federation.config)
     stages = methods.stages(federation.config.method, federation)
+    describe(workdir, federation)
     metrics = MetricsFile(workdir / "metrics.jsonl")
     state: State = {"global": federation.initial_variables()}
     for position, stage in enumerate(stages):
@@ -43,6 +44,8 @@ def run(federation: Federation, workdir: Path, watch: Watcher = lambda *args: No
         checkpoints = StageCheckpoints(workdir / "checkpoints" / stage.name)
         state = run_stage(stage, state, federation, checkpoints, metrics, later, watch)
         checkpoints.close()
+        if stage.samples is not None and not (workdir / "samples.npz").exists():
+            np.savez_compressed(workdir / "samples.npz", **stage.samples(state))  # type: ignore
     summary = summarise(stages, metrics)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return state
@@ -140,6 +143,17 @@ def claim(workdir: Path, config: Config) -> None:
     fresh = path.with_suffix(".tmp")
     fresh.write_text(json.dumps(settings, indent=1) + "\n")
     fresh.replace(path)
+
+
+def describe(workdir: Path, federation: Federation) -> None:
+    """Write `clients.json`: the data set and how many images of each class a client trains on."""
+    dataset = federation.dataset
+    facts = {
+        "dataset": dataset.name,
+        "classes": dataset.num_classes,
+        "class_counts": federation.counts.tolist(),
+    }
+    (workdir / "clients.json").write_text(json.dumps(facts) + "\n")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

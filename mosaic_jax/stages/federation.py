@@ -39,6 +39,7 @@ class Stage:
         array [clients].
       finish: (state, carry) -> state; traceable and cheap.
       evaluate: state after `finish` -> named figures; never feeds back into the run.
+      samples: state after `finish` -> images to look at, uint8 [clients, n, h, w, c] by kind.
       client_steps: optimiser steps of all clients (or of the server) in one block.
       download: bytes each client receives in the whole stage, [clients].
       upload: bytes each client sends.
@@ -50,6 +51,7 @@ class Stage:
     block: Callable[[State, PyTree, int], tuple[PyTree, Metrics]]
     finish: Callable[[State, PyTree], State]
     evaluate: Callable[[State], dict[str, float]] = field(default=lambda state: {})
+    samples: Callable[[State], dict[str, np.ndarray]] | None = None
     client_steps: int = 0
     download: np.ndarray | int = 0
     upload: np.ndarray | int = 0

@@ -12,6 +12,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mosaic_jax import rng
@@ -19,6 +20,9 @@ from mosaic_jax.data.clients import crop_and_flip, to_float, uniform_batch
 from mosaic_jax.models import Discriminator, Generator, RealFakeHead
 from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
 from mosaic_jax.types import Array, PyTree, Variables
+
+SAMPLES = 8
+"""Images of each client that are kept for the report."""
 
 LOSS_WEIGHTS = ("entropy_weight", "diversity_weight", "inversion_weight")
 
@@ -275,9 +279,25 @@ def train(federation: Federation) -> Stage:
         start=lambda state: start_all(shared, clients(state)),
         block=block,
         finish=lambda state, carry: state | {"generators": carry["upload"]},
+        samples=_samples(federation),
         client_steps=settings.block_steps * federation.num_clients,
         upload=num_bytes(upload),
     )
+
+
+def _samples(federation: Federation) -> Callable[[State], dict[str, np.ndarray]]:
+    """Some generated and some real images of each client, for the eye."""
+    draw = federation.jit(sampler(federation, SAMPLES))
+
+    def samples(state: State) -> dict[str, np.ndarray]:
+        images = np.asarray(draw(state["generators"], federation.key("samples")))
+        chosen = np.stack([np.resize(indices, SAMPLES) for indices in federation.indices])
+        return {
+            "generated": np.rint((images + 1) * 127.5).astype(np.uint8),
+            "real": federation.dataset.train_images[chosen],
+        }
+
+    return samples
 
 
 def _paired(mapped: Callable[..., PyTree]) -> Callable[..., PyTree]:

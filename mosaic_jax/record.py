@@ -1,0 +1,85 @@
+"""What a run left in its work directory, read back: settings, metrics, clients and samples."""
+
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mosaic_jax.metrics import MetricsFile
+from mosaic_jax.types import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a work directory holds; None or empty where nothing has been written yet."""
+
+    config: dict[str, Any]
+    lines: list[dict[str, Any]]
+    clients: dict[str, Any] | None
+    samples: dict[str, np.ndarray] | None
+    finished: bool
+
+    def of(self, stage: str) -> list[dict[str, Any]]:
+        """The lines of one stage."""
+        return [line for line in self.lines if line["stage"] == stage]
+
+    def evaluations(self, stage: str, prefix: str = "") -> list[tuple[Any, ...]]:
+        """(block, test, local test, validation or None) of each evaluation in a stage."""
+        names = [f"{prefix}{part}accuracy" for part in ("test_", "local_test_", "validation_")]
+        own = [line for line in self.of(stage) if names[0] in line]
+        return [(line["block"], *map(line.get, names)) for line in own]
+
+    def block_steps(self, stage: str) -> int:
+        """Steps of one block of a stage; a round is a block of its own."""
+        return int(self.config.get(stage, {}).get("block_steps", 1))
+
+    def title(self) -> str:
+        """Method, data set and clients."""
+        data, split = self.config.get("data", {}), self.config.get("partition", {})
+        start = f"{self.config.get('method')} on {data.get('name')}, {split.get('clients')} clients"
+        return f"{start}, alpha {split.get('alpha')}"
+
+    def progress(self) -> str:
+        """Where a run that has not ended stands; empty for one that has."""
+        last = self.lines[-1] if self.lines else {"stage": "nothing recorded", "block": 0}
+        stand = f" The run has not ended: {last['stage']}, block {last['block']}."
+        return "" if self.finished else stand
+
+
+def load(workdir: Path) -> Run:
+    """Read a work directory.
+
+    Raises:
+      UserError: no such directory, no run in it, or a file that is damaged.
+    """
+    if not (workdir / "config.json").is_file():
+        what = "holds no run (no config.json)" if workdir.is_dir() else "is not a directory"
+        raise UserError(f"{workdir} {what}; give the --workdir of a run")
+    return Run(
+        config=_read(workdir / "config.json", _read_json),
+        lines=_read(workdir / "metrics.jsonl", lambda path: MetricsFile(path).read()) or [],
+        clients=_read(workdir / "clients.json", _read_json),
+        samples=_read(workdir / "samples.npz", _read_samples),
+        finished=(workdir / "summary.json").exists(),
+    )
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+    """The file's content, or None where there is no file."""
+    try:
+        return reader(path) if path.exists() else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
+
+
+def _read_samples(path: Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as samples:
+        return {kind: samples[kind] for kind in ("real", "generated")}

@@ -1,0 +1,106 @@
+"""A client function and its layouts; as a script, the same on eight devices.
+
+    python tests/devices8.py results.npz
+
+`test_parallel.py` runs it in a process of its own, because a process settles on its devices once.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mosaic_jax import parallel, rng
+
+KEY = jax.random.key(7)
+
+
+def train(shared, client):
+    """A few steps of a nonlinear model of ONE client, from its own random start.
+
+    Divides by the norm of the data: NaN for a client of zeros.
+    """
+    x = client["x"] / jnp.sqrt((client["x"] ** 2).sum())
+    key = rng.fold(shared["key"], client["id"])
+    start = shared["model"] + 0.1 * jax.random.normal(key, shared["model"].shape)
+
+    def loss(model):
+        return (jnp.tanh(x @ model) ** 2).sum() + jnp.cos(model).sum()
+
+    model = jax.lax.fori_loop(0, 5, lambda _, m: m - 0.1 * jax.grad(loss)(m), start)
+    return {"model": model, "sizes": {"one": jnp.float32(1)}}, {"loss": loss(model), "end": model}
+
+
+def inputs(clients):
+    """What all share, the stacked clients, and weights [clients, 2] that sum to one."""
+    generator = np.random.default_rng(1)
+    x = jnp.asarray(generator.standard_normal((16, 6, 4)) + 2, jnp.float32)[:clients]
+    weights = generator.uniform(0.1, 1, (16, 2))[:clients]
+    shared = {"key": KEY, "model": jnp.linspace(-1, 1, 4)}
+    stacked = {"id": jnp.arange(clients), "x": x}
+    return shared, stacked, jnp.asarray(weights / weights.sum(0), jnp.float32)
+
+
+def reduced(clients, devices=1, lanes=0, debug=False):
+    """Sums and kept results of one layout."""
+    mesh = parallel.make_mesh(devices)
+    function = parallel.reduce_clients(train, mesh, lanes, debug=debug)
+    return (function if debug else jax.jit(function))(*inputs(clients))
+
+
+def pmapped(clients, lanes):
+    """The kept results from `pmap` over devices of `vmap` over lanes."""
+    shared, stacked, _ = inputs(clients)
+    grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, lanes, *leaf.shape[1:]), stacked)
+    inner = jax.vmap(train, in_axes=(None, 0))
+    _, kept = jax.pmap(inner, in_axes=(None, 0))(shared, grouped)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), kept)
+
+
+def one_round(devices, lanes=1):
+    """One real round of local training of five clients: global model and metrics."""
+    from conftest import tiny_federation
+
+    from mosaic_jax.stages import local_update
+
+    federation = tiny_federation(
+        **{
+            "partition.clients": 5,
+            "data.image_size": 8,
+            "local_update.steps": 2,
+            "parallel.devices": devices,
+            "parallel.lanes": lanes,
+        }
+    )
+    stage = local_update.rounds(
+        federation, local_update.round_function(federation, 2), "local_update", 1, 0.05
+    )
+    state = {"global": federation.initial_variables()}
+    return stage.block(state, stage.start(state), 0)
+
+
+def results():
+    """Every layout under the name of its test."""
+    assert len(jax.devices()) == 8
+    return {
+        "5 on 1": reduced(5, 1),
+        "5 on 8": reduced(5, 8),
+        "11 on 4": reduced(11, 4),
+        "11 on 4, 2 lanes": reduced(11, 4, 2),
+        "11 on 8": reduced(11, 8),
+        "11 on 8 again": reduced(11, 8),
+        "16 on 8, 2 lanes": reduced(16, 8, 2),
+        "16 pmapped": ({}, pmapped(16, 2)),
+        "round on 1": one_round(1),
+        "round on 8": one_round(8),
+    }
+
+
+if __name__ == "__main__":
+    leaves = {
+        f"{name}/{i}": np.asarray(leaf)
+        for name, tree in results().items()
+        for i, leaf in enumerate(jax.tree.leaves(tree))
+    }
+    np.savez(sys.argv[1], **leaves)

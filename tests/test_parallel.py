@@ -1,0 +1,241 @@
+"""The client engine: every layout gives the numbers of the plain loop, and nothing is wasted."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from devices8 import inputs, one_round, reduced, train
+
+from mosaic_jax import parallel
+from mosaic_jax.stages import local_update
+from mosaic_jax.types import UserError
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def assert_close(one, other, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **(tolerance or CLOSE)), one, other)
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory, subprocess_environment):
+    """`eight(name)`: the leaves of one result of `devices8.py`."""
+    path = tmp_path_factory.mktemp("devices8") / "results.npz"
+    script = Path(__file__).with_name("devices8.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(path)],
+        env=subprocess_environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    stored = dict(np.load(path))
+
+    def leaves(name):
+        own = {key: value for key, value in stored.items() if key.startswith(f"{name}/")}
+        assert own
+        return [own[f"{name}/{i}"] for i in range(len(own))]
+
+    return leaves
+
+
+@pytest.mark.parametrize("lanes", [0, 1, 3, 7, 50])
+def test_lanes_agree_with_the_debug_loop(lanes):
+    assert_close(reduced(7, lanes=lanes), reduced(7, debug=True))
+
+
+def test_the_debug_loop_agrees_with_calling_every_client_by_hand():
+    shared, clients, weights = inputs(5)
+    results = [train(shared, jax.tree.map(lambda leaf: leaf[i], clients)) for i in range(5)]
+    models = np.stack([summand["model"] for summand, _ in results])
+    sums, kept = reduced(5, debug=True)
+    assert_close(sums["model"], np.einsum("is,id->sd", weights, models))
+    assert_close(sums["sizes"]["one"], np.ones(2))
+    assert_same(kept["loss"], np.stack([kept["loss"] for _, kept in results]))
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_reduce_is_the_weighted_sum_of_what_map_gives(lanes):
+    shared, clients, weights = inputs(7)
+    mesh = parallel.make_mesh(1)
+    mapped = jax.jit(parallel.map_clients(train, mesh, lanes))(shared, clients)
+    sums, kept = reduced(7, lanes=lanes)
+    assert_close(sums["model"], np.einsum("is,id->sd", weights, mapped[0]["model"]))
+    assert_same(kept, mapped[1])
+
+
+def test_the_same_layout_twice_is_exactly_equal():
+    assert_same(reduced(7, lanes=3), reduced(7, lanes=3))
+
+
+def test_a_round_of_local_training_is_the_same_in_lanes_and_in_the_debug_loop(make_federation):
+    truth, loss = one_round(1, lanes=1)
+    together, its_loss = one_round(1, lanes=3)
+    assert_close((together, its_loss), (truth, loss), rtol=2e-4, atol=2e-5)
+    federation = make_federation(
+        **{
+            "partition.clients": 5,
+            "data.image_size": 8,
+            "local_update.steps": 2,
+            "parallel.debug": True,
+        }
+    )
+    run_round = local_update.round_function(federation, 2)
+    stage = local_update.rounds(federation, run_round, "local_update", 1, 0.05)
+    state = {"global": federation.initial_variables()}
+    assert_close(stage.block(state, stage.start(state), 0), (truth, loss), rtol=2e-4, atol=2e-5)
+
+
+def test_five_clients_on_eight_devices_agree_with_one_device(eight):
+    assert_close(eight("5 on 8"), eight("5 on 1"))
+    assert_close(eight("5 on 8"), jax.tree.leaves(reduced(5, debug=True)))
+
+
+@pytest.mark.parametrize("layout", ["11 on 4", "11 on 4, 2 lanes", "11 on 8"])
+def test_eleven_clients_on_any_devices_agree_with_the_debug_loop(eight, layout):
+    assert_close(eight(layout), jax.tree.leaves(reduced(11, debug=True)))
+
+
+def test_eight_devices_twice_are_exactly_equal(eight):
+    assert_same(eight("11 on 8"), eight("11 on 8 again"))
+
+
+def test_pmap_of_vmap_gives_the_numbers_of_map_clients(eight):
+    pmapped = eight("16 pmapped")
+    kept = jax.tree.leaves(reduced(16, debug=True)[1])
+    assert_close(pmapped, kept)
+    assert_close(eight("16 on 8, 2 lanes")[-len(kept) :], pmapped)
+
+
+def test_a_round_of_local_training_is_the_same_on_eight_devices(eight):
+    assert_close(eight("round on 8"), eight("round on 1"), rtol=2e-4, atol=2e-5)
+    assert_close(eight("round on 1"), jax.tree.leaves(one_round(1)), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("clients", [1, 2, 4, 5])
+def test_padding_adds_nothing_and_leaves_nothing_behind(clients):
+    """Lanes of 3 pad 1, 2, 2 and 1 clients; zeros there would be NaN in this function."""
+    _, stacked, weights = inputs(clients)
+    sums, kept = reduced(clients, lanes=3)
+    assert kept["end"].shape == (clients, 4)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((sums, kept)))
+    assert_close(sums["model"], np.einsum("is,id->sd", weights, kept["end"]))
+    assert_close(sums["sizes"]["one"], np.ones(2))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), stacked)
+    assert np.isnan(train(inputs(1)[0], zeros)[1]["loss"])
+
+
+def test_a_client_does_not_depend_on_the_others():
+    shared, clients, _ = inputs(11)
+    run = jax.jit(parallel.map_clients(lambda *args: train(*args)[1], parallel.make_mesh(1), 1))
+    chosen = np.array([7, 3])
+    some = run(shared, jax.tree.map(lambda leaf: leaf[chosen], clients))
+    every = run(shared, clients)
+    assert_same(some, jax.tree.map(lambda leaf: leaf[chosen], every))
+    # and yet its random start is its own
+    assert len(np.unique(every["loss"])) == 11
+
+
+def test_debug_mode_names_the_client_that_fails():
+    shared, clients, _ = inputs(4)
+
+    def fails(shared, client):
+        if client["id"] == 2:
+            raise ValueError("no such luck")
+        return client["x"]
+
+    mapped = parallel.map_clients(fails, parallel.make_mesh(1), debug=True)
+    with pytest.raises(ValueError, match="no such luck") as caught:
+        mapped(shared, clients)
+    assert caught.value.__notes__ == ["while running client 2"]
+
+
+def test_more_devices_than_there_are_is_refused():
+    with pytest.raises(UserError, match=r"parallel\.devices = 999, but there are \d+ "):
+        parallel.make_mesh(999)
+
+
+def test_lanes_are_one_on_a_cpu_and_never_more_than_a_devices_clients():
+    mesh = parallel.make_mesh(1)
+    automatic = 1 if jax.devices()[0].platform == "cpu" else 9
+    assert parallel.lanes_for(0, 9, mesh) == automatic
+    assert parallel.lanes_for(4, 9, mesh) == 4
+    assert parallel.lanes_for(12, 9, mesh) == 9
+
+
+def test_rounds_and_learning_rates_share_one_compiled_program(make_federation, compilations):
+    federation = make_federation(**{"data.image_size": 8, "local_update.steps": 2})
+    run_round = local_update.round_function(federation, 2)
+    schedule = [0.1, 0.05, 0.02, 0.0].__getitem__
+    stage = local_update.rounds(federation, run_round, "local_update", 4, schedule)
+    tuning = local_update.rounds(federation, run_round, "fine_tuning", 2, 1e-4)
+    state = {"global": federation.initial_variables()}
+    carry, _ = stage.block(state, stage.start(state), 0)
+    assert compilations.count("jit(one_round)") == 1
+    for index in (1, 2, 3):
+        carry, _ = stage.block(state, carry, index)
+    tuning.block(state, tuning.start(stage.finish(state, carry)), 0)
+    assert compilations.count("jit(one_round)") == 1
+    assert run_round._cache_size() == 1
+
+
+def test_the_count_of_compilations_counts(compilations):
+    for size in (3, 4):
+        jax.jit(lambda x: x * 2.5 + 1)(jnp.zeros(size))
+    assert compilations.count("jit(<lambda>)") == 2
+
+
+def temporary_bytes(clients, lanes, numbers=1_000_000):
+    """Memory beside arguments and results, of a reduction of models of that many numbers."""
+
+    def grow(shared, client):
+        return jnp.tanh(shared * client["scale"]), shared.sum() * client["scale"]
+
+    mesh = parallel.make_mesh(1)
+    compiled = (
+        jax.jit(parallel.reduce_clients(grow, mesh, lanes))
+        .lower(
+            jax.ShapeDtypeStruct((numbers,), jnp.float32),
+            {"scale": jax.ShapeDtypeStruct((clients,), jnp.float32)},
+            jax.ShapeDtypeStruct((clients, 2), jnp.float32),
+        )
+        .compile()
+    )
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_with_lanes_and_not_with_clients():
+    model = 4 * 1_000_000
+    few, many = temporary_bytes(4, 2), temporary_bytes(64, 2)
+    assert few > 0
+    assert many - few < model  # keeping them would take 60 more
+    assert temporary_bytes(64, 16) < 40 * model
+
+
+def test_models_are_summed_in_full_precision_on_every_accelerator():
+    """TPUs round the factors of a float32 product to bfloat16 unless told not to, GPUs to TF32."""
+    mesh = parallel.make_mesh(1)
+    jaxpr = jax.make_jaxpr(parallel.reduce_clients(train, mesh, 2))(*inputs(4))
+    products = [each for each in _equations(jaxpr.jaxpr) if each.primitive.name == "dot_general"]
+    sums = [each for each in products if each.outvars[0].aval.shape[:1] == (2,)]
+    highest = jax.lax.Precision.HIGHEST
+    assert all(each.params["precision"] in (highest, (highest, highest)) for each in sums), sums
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(inner, "eqns"):
+                yield from _equations(getattr(inner, "jaxpr", inner))
