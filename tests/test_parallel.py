@@ -55,7 +55,8 @@ def test_lanes_agree_with_the_debug_loop(lanes):
 
 def test_the_debug_loop_agrees_with_calling_every_client_by_hand():
     shared, clients, weights = inputs(5)
-    results = [train(shared, jax.tree.map(lambda leaf: leaf[i], clients)) for i in range(5)]
+    separate = [jax.tree.map(lambda leaf, i=i: leaf[i], clients) for i in range(5)]
+    results = [train(shared, client) for client in separate]
     models = np.stack([summand["model"] for summand, _ in results])
     sums, kept = reduced(5, debug=True)
     assert_close(sums["model"], np.einsum("is,id->sd", weights, models))
@@ -216,26 +217,29 @@ def temporary_bytes(clients, lanes, numbers=1_000_000):
 def test_memory_grows_with_lanes_and_not_with_clients():
     model = 4 * 1_000_000
     few, many = temporary_bytes(4, 2), temporary_bytes(64, 2)
-    assert few > 0
-    assert many - few < model  # keeping them would take 60 more
-    assert temporary_bytes(64, 16) < 40 * model
+    assert few >= 2 * model  # the models of two lanes do exist at once
+    assert many - few < model  # keeping them all would take 60 more
+    assert temporary_bytes(64, 16) > few + 10 * model
 
 
 def test_models_are_summed_in_full_precision_on_every_accelerator():
     """TPUs round the factors of a float32 product to bfloat16 unless told not to, GPUs to TF32."""
-    mesh = parallel.make_mesh(1)
-    jaxpr = jax.make_jaxpr(parallel.reduce_clients(train, mesh, 2))(*inputs(4))
-    products = [each for each in _equations(jaxpr.jaxpr) if each.primitive.name == "dot_general"]
-    sums = [each for each in products if each.outvars[0].aval.shape[:1] == (2,)]
+
+    def without_products(shared, client):
+        return shared + client["x"], ()
+
+    function = parallel.reduce_clients(without_products, parallel.make_mesh(1), 2)
+    shared, clients, weights = inputs(4)
+    jaxpr = jax.make_jaxpr(function)(shared["model"], clients, weights)
+    sums = [each for each in equations(jaxpr.jaxpr) if each.primitive.name == "dot_general"]
     highest = jax.lax.Precision.HIGHEST
     assert all(each.params["precision"] in (highest, (highest, highest)) for each in sums), sums
 
 
-def _equations(jaxpr):
+def equations(jaxpr):
+    """All equations of a jaxpr, those of the jaxprs inside it too."""
     for equation in jaxpr.eqns:
         yield equation
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
+        for inner in equation.params.values():
             if hasattr(inner, "eqns"):
-                yield from _equations(getattr(inner, "jaxpr", inner))
+                yield from equations(getattr(inner, "jaxpr", inner))

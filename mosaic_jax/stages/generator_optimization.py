@@ -135,7 +135,7 @@ class ClientGenerator:
         self.settings = federation.config.generator_optimization
         self.generator = build(federation)
         self.adversary = Adversary(federation)
-        self.average = optax.ema(self.settings.ema, debias=True)
+        self.average = optax.ema(self.settings.ema, debias=False)
 
     def optimizer(self, learning_rate: Array | float) -> optax.GradientTransformation:
         """Adam with the stage's betas."""
@@ -152,8 +152,13 @@ class ClientGenerator:
             "generator_optimizer": self.optimizer(0.0).init(generator["params"]),
             "adversary_optimizer": self.optimizer(0.0).init(adversary["params"]),
             "average": self.average.init(generator["params"]),
-            "upload": generator,
         }
+
+    def upload(self, carry: PyTree) -> Variables:
+        """What the clients send, [clients, ...]: the average weights, freed of their zero start."""
+        mean, count = carry["average"].ema, carry["average"].count
+        debias = jax.vmap(lambda mean, n: optax.tree.bias_correction(mean, self.settings.ema, n))
+        return {"params": debias(mean, count), "batch_stats": carry["generator"]["batch_stats"]}
 
     def step(
         self, shared: PyTree, client: PyTree, carry: PyTree, number: Array
@@ -181,7 +186,7 @@ class ClientGenerator:
             pull_back(towards)[0], carry["generator_optimizer"]
         )
         params = optax.apply_updates(carry["generator"]["params"], updates)
-        mean, average = self.average.update(params, carry["average"])
+        _, average = self.average.update(params, carry["average"])
         statistics = updated["batch_stats"]
         carry = {
             "generator": {"params": params, "batch_stats": statistics},
@@ -189,7 +194,6 @@ class ClientGenerator:
             "generator_optimizer": generator_state,
             "adversary_optimizer": adversary_state,
             "average": average,
-            "upload": {"params": mean, "batch_stats": statistics},
         }
         return carry, health | {"generator_loss": loss, "spread": fake.std(axis=0).mean()}
 
@@ -278,7 +282,7 @@ def train(federation: Federation) -> Stage:
         blocks=settings.steps // settings.block_steps,
         start=lambda state: start_all(shared, clients(state)),
         block=block,
-        finish=lambda state, carry: state | {"generators": carry["upload"]},
+        finish=lambda state, carry: state | {"generators": client_generator.upload(carry)},
         samples=_samples(federation),
         client_steps=settings.block_steps * federation.num_clients,
         upload=num_bytes(upload),

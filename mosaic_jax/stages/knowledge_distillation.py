@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from mosaic_jax import rng
 from mosaic_jax.data.clients import crop_and_flip, to_float
+from mosaic_jax.parallel import AXIS
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State
 from mosaic_jax.stages.generator_optimization import sampler
@@ -55,6 +56,7 @@ def distil(federation: Federation) -> Stage:
     is_train = settings.batch_norm == "train"
     draw = _image_source(federation)
     stage_key = federation.key("knowledge_distillation")
+    over_devices = NamedSharding(federation.mesh, P(AXIS))
 
     def loss(
         params: PyTree, statistics: PyTree, images: Array, target: Array, weights: PyTree
@@ -72,6 +74,7 @@ def distil(federation: Federation) -> Stage:
     def step(carry: PyTree, number: Array, inputs: PyTree) -> tuple[PyTree, PyTree]:
         student = carry["student"]
         images = draw(inputs["source"], rng.fold(inputs["key"], number))
+        images = jax.lax.with_sharding_constraint(images, over_devices)  # data-parallel student
         target = teacher(inputs["teacher"], images)
         (value, (statistics, agreement)), gradient = jax.value_and_grad(loss, has_aux=True)(
             student["params"], student["batch_stats"], images, target, inputs["weights"]
