@@ -34,8 +34,8 @@ def run(federation: Federation, workdir: Path, watch: Watcher = lambda *args: No
     Raises:
       UserError: the directory holds another config, or a figure is not finite.
     """
-    claim(workdir, federation.config)
     stages = methods.stages(federation.config.method, federation)
+    claim(workdir, federation.config)
     describe(workdir, federation)
     metrics = MetricsFile(workdir / "metrics.jsonl")
     state: State = {"global": federation.initial_variables()}

@@ -44,10 +44,9 @@ def main(argv: list[str]) -> int:
     console = Console()
     try:
         config = _settings(argv)
-        _set_up_jax(config)
+        set_up_jax(config.partition.clients)
         federation = prepare(config)
         workdir = Path(WORKDIR.value or f"runs/{config.data.name}")
-        experiment.claim(workdir, config)
         console.print(plan(federation, workdir))
         with _progress(console) as progress:
             experiment.run(federation, workdir, Watcher(progress))
@@ -99,7 +98,7 @@ def _unknown_config(name: str) -> str:
     return configuration.unknown("config", name, known)
 
 
-def _set_up_jax(config: configuration.Config) -> None:
+def set_up_jax(clients: int) -> None:
     """One CPU device a core, and compiled programs kept between runs in the user's cache directory.
 
     XLA:CPU gains little from a second thread inside these small models, but clients on devices of
@@ -107,7 +106,7 @@ def _set_up_jax(config: configuration.Config) -> None:
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0))
-        jax.config.update("jax_num_cpu_devices", min(cores, config.partition.clients, CPU_DEVICES))
+        jax.config.update("jax_num_cpu_devices", min(cores, clients, CPU_DEVICES))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "mosaic_jax" / "compilation"))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices8 import inputs, one_round, reduced, train
+from devices8 import ROUND, inputs, one_round, reduced, train
 
 from mosaic_jax import parallel
 from mosaic_jax.stages import local_update
@@ -82,14 +82,7 @@ def test_a_round_of_local_training_is_the_same_in_lanes_and_in_the_debug_loop(ma
     truth, loss = one_round(1, lanes=1)
     together, its_loss = one_round(1, lanes=3)
     assert_close((together, its_loss), (truth, loss), rtol=2e-4, atol=2e-5)
-    federation = make_federation(
-        **{
-            "partition.clients": 5,
-            "data.image_size": 8,
-            "local_update.steps": 2,
-            "parallel.debug": True,
-        }
-    )
+    federation = make_federation(**ROUND, **{"parallel.debug": True})
     run_round = local_update.round_function(federation, 2)
     stage = local_update.rounds(federation, run_round, "local_update", 1, 0.05)
     state = {"global": federation.initial_variables()}
@@ -118,8 +111,7 @@ def test_pmap_of_vmap_gives_the_numbers_of_map_clients(eight):
 
 
 def test_a_round_of_local_training_is_the_same_on_eight_devices(eight):
-    assert_close(eight("round on 8"), eight("round on 1"), rtol=2e-4, atol=2e-5)
-    assert_close(eight("round on 1"), jax.tree.leaves(one_round(1)), rtol=2e-4, atol=2e-5)
+    assert_close(eight("round on 8"), jax.tree.leaves(one_round(1)), rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("clients", [1, 2, 4, 5])
@@ -174,7 +166,7 @@ def test_lanes_are_one_on_a_cpu_and_never_more_than_a_devices_clients():
 
 
 def test_rounds_and_learning_rates_share_one_compiled_program(make_federation, compilations):
-    federation = make_federation(**{"data.image_size": 8, "local_update.steps": 2})
+    federation = make_federation(**ROUND)
     run_round = local_update.round_function(federation, 2)
     schedule = [0.1, 0.05, 0.02, 0.0].__getitem__
     stage = local_update.rounds(federation, run_round, "local_update", 4, schedule)

@@ -1,0 +1,51 @@
+"""Mosaic on 6,000 images of Fashion-MNIST, ten clients, a ResNet-18 layout of width 8.
+
+    python -m mosaic_jax.main --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+
+Options: `:mild`, `:moderate` (default), `:severe`, `:small`; they combine, as in `:severe,small`.
+"""
+
+from ml_collections import ConfigDict
+
+from mosaic_jax import config
+
+SETTINGS = {
+    "data.name": "fashion_mnist",
+    "data.train_images": 6000,
+    "data.test_images": 2000,
+    "model.width": 8,
+    "local_update.rounds": 30,
+    "local_update.learning_rate": 0.1,
+    "local_update.final_learning_rate": 0.005,
+    "prototypes.per_class": 20,
+    "meta_model.steps": 300,
+    "meta_model.feedforward": 256,
+    "generator_optimization.steps": 400,
+    "generator_optimization.block_steps": 50,
+    "generator_optimization.batch_size": 32,
+    "generator_optimization.width": 16,
+    "generator_optimization.adversary_width": 16,
+    "knowledge_distillation.steps": 80,
+    "knowledge_distillation.block_steps": 20,
+    "knowledge_distillation.images_per_generator": 13,
+    "knowledge_distillation.batch_norm": "train",
+    "fine_tuning.rounds": 3,
+    "fine_tuning.learning_rate": 1e-3,
+}
+SMALL = {
+    "data.train_images": 1000,
+    "data.test_images": 500,
+    "model.name": "resnet8",
+    "local_update.rounds": 5,
+    "generator_optimization.steps": 100,
+    "generator_optimization.width": 8,
+    "generator_optimization.adversary_width": 8,
+    "meta_model.feedforward": 128,
+    "knowledge_distillation.steps": 20,
+    "fine_tuning.rounds": 2,
+}
+
+
+def get_config(options: str = "") -> ConfigDict:
+    """Settings; see `mosaic_jax.config.make` for the options."""
+    return config.make(options, SETTINGS, SMALL)

@@ -1,0 +1,123 @@
+"""The command line as a user meets it: results for good input, one clear line for bad."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "mosaic_jax.main", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"},
+    )
+
+
+def small(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return command("--config=configs/base.py:small", f"--workdir={tmp_path / 'run'}", *arguments)
+
+
+BAD = {
+    "no config": ([], "--config is missing"),
+    "unknown config": (["--config=configs/digts.py"], "did you mean 'configs/digits.py'"),
+    "unknown level": (["--config=configs/digits.py:sever"], "did you mean 'severe'"),
+    "mistyped setting": (
+        ["--config=configs/digits.py", "--config.local_update.round=3"],
+        "local_update.round",
+    ),
+    "wrong type": (
+        ["--config=configs/digits.py", "--config.local_update.rounds=many"],
+        "local_update.rounds",
+    ),
+    "alpha of zero": (["--config=configs/digits.py", "--config.partition.alpha=0"], "alpha"),
+    "alpha below zero": (["--config=configs/digits.py", "--config.partition.alpha=-1"], "alpha"),
+    "unknown data set": (
+        ["--config=configs/digits.py", "--config.data.name=digit"],
+        "did you mean 'digits'",
+    ),
+    "unknown model": (["--config=configs/digits.py", "--config.model.name=resnet81"], "resnet8"),
+    "unknown method": (["--config=configs/digits.py", "--config.method=mosaik"], "mosaic"),
+    "more clients than images": (
+        ["--config=configs/digits.py", "--config.partition.clients=2000"],
+        "clients",
+    ),
+    "missing files": (
+        [
+            "--config=configs/fashion_mnist.py:small",
+            "--config.data.name=fashion_mnist",
+            "--config.data.directory=/nowhere",
+        ],
+        "fashion_mnist",
+    ),
+    "too many devices": (
+        ["--config=configs/base.py:small", "--config.parallel.devices=64"],
+        "parallel.devices = 64",
+    ),
+    "stray argument": (["--config=configs/digits.py", "severe"], "unexpected argument 'severe'"),
+    "unknown flag": (["--config=configs/digits.py", "--workdri=x"], "workdri"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_clear_line(case, tmp_path):
+    arguments, expected = BAD[case]
+    done = command(*arguments, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"error: .+\n", done.stderr), done.stderr
+    assert expected in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_resumes_and_refuses_another_config(tmp_path):
+    first = small(tmp_path)
+    assert first.returncode == 0, first.stderr
+    for label in ("MoE teacher", "uniform ensemble", "student after fine-tuning"):
+        assert label in first.stdout
+    for name in ("class_histogram", "curves", "generator_health", "generator_samples"):
+        assert (tmp_path / "run" / "figures" / f"{name}.png").stat().st_size > 1000
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    second = small(tmp_path)
+    assert second.returncode == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    other = small(tmp_path, "--config.seed=1")
+    assert other.returncode == 2
+    assert re.fullmatch(r"error: .*seed: 0 there, 1 here.*\n", other.stderr)
+
+
+EDGES = {
+    "batch larger than a client's data": ["--config.local_update.batch_size=300"],
+    "clients of one image": [
+        "--config.partition.kind=iid",
+        "--config.partition.clients=20",
+        "--config.data.train_images=30",
+        "--config.knowledge_distillation.images_per_generator=2",
+    ],
+    "clients of one class": [
+        "--config.partition.alpha=0.001",
+        "--config.partition.minimum=1",
+    ],
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_edge_cases_run_to_the_end(case, tmp_path):
+    done = small(
+        tmp_path,
+        "--config.local_update.rounds=1",
+        "--config.generator_optimization.steps=10",
+        "--config.generator_optimization.block_steps=10",
+        "--config.knowledge_distillation.steps=2",
+        "--config.knowledge_distillation.block_steps=2",
+        "--config.fine_tuning.rounds=1",
+        *EDGES[case],
+    )
+    assert done.returncode == 0, done.stderr
+    assert "student after fine-tuning" in done.stdout
