@@ -20,6 +20,14 @@ CACHE_SETTINGS = {
 for setting, value in CACHE_SETTINGS.items():
     jax.config.update(setting, value)
 
+UNRAISABLE = "pytest.PytestUnraisableExceptionWarning"
+ORBAX_LEFTOVERS = (
+    f"ignore:(?s).*Event loop is closed:{UNRAISABLE}",
+    f"ignore:(?s).*_read_array_index_and_device_put:{UNRAISABLE}",
+    "ignore:coroutine '_read_array_index_and_device_put' was never awaited:RuntimeWarning",
+)
+"""Complaints of what a failed restore leaves behind; they may come at any time after it."""
+
 TINY = {
     "data.name": "synthetic",
     "data.image_size": 16,
@@ -52,6 +60,11 @@ TINY = {
     "knowledge_distillation.images_per_generator": 4,
     "fine_tuning.rounds": 1,
 }
+
+
+def pytest_configure(config):
+    for leftover in ORBAX_LEFTOVERS:
+        config.addinivalue_line("filterwarnings", leftover)
 
 
 def tiny_federation(**overrides):

@@ -1,6 +1,5 @@
 """Checkpoints: what was saved comes back bit for bit, and damage is seen and walked back over."""
 
-import gc
 import logging
 import shutil
 
@@ -12,16 +11,7 @@ import pytest
 
 from mosaic_jax.checkpoint import KEPT, StageCheckpoints
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 OPTIMIZER = optax.chain(optax.add_decayed_weights(1e-4), optax.adam(1e-3))
-
-
-@pytest.fixture(autouse=True)
-def _collect_what_orbax_leaves_behind():
-    """Coroutines of a restore that failed complain when collected: here, not in a later test."""
-    yield
-    gc.collect()
 
 
 def carry(block):

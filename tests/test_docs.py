@@ -1,0 +1,94 @@
+"""README and docs are true: every command, path, config and setting in them resolves."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mosaic_jax import config
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PACKAGE = ROOT / "mosaic_jax"
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every command of the fenced shell blocks, joined lines and `&&` chains taken apart."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    parts = [part for line in lines for part in line.split("#")[0].split("&&")]
+    return [words for words in (shlex.split(part) for part in parts) if words]
+
+
+def config_file(words: list[str]) -> dict:
+    """The settings that a command's --config and overrides ask for, checked."""
+    values = dict(word[2:].split("=", 1) for word in words if word.startswith("--config"))
+    path, _, options = values.pop("config").partition(":")
+    spec = importlib.util.spec_from_file_location("named", ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = module.get_config(options)
+    for name, value in values.items():
+        dotted = name.removeprefix("config.")
+        current = settings.to_dict()
+        for part in dotted.split("."):
+            current = current[part]
+        kind = type(current)
+        settings.update_from_flattened_dict({dotted: value if kind is str else eval(value)})
+    return settings.to_dict()
+
+
+def check(words: list[str]) -> None:
+    """Fail on a command that could not run from a clean clone."""
+    while re.match(r"^[A-Z_]+=", words[0]):
+        words = words[1:]
+    program = Path(words[0]).name
+    if program.startswith("python") and words[1:2] == ["-m"]:
+        module = words[2]
+        if module == "venv":
+            return
+        assert importlib.util.find_spec(module), module
+        if module == "mosaic_jax.main" and "--help" not in words:
+            config.from_config_dict(config_file(words))
+    elif program == "pip":
+        extras = re.findall(r"\[(\w+)\]", " ".join(words))
+        declared = (ROOT / "pyproject.toml").read_text()
+        assert all(re.search(rf"^{extra} = \[", declared, flags=re.M) for extra in extras), words
+    else:
+        assert program in {"pytest", "git", "cd", "apt-get", "sudo", "ls"}, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_could_run(page):
+    for words in commands(page.read_text()):
+        check(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_and_setting_exists(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    settings = {name for name, _ in config._flatten(config.Config(), "")}
+    sections = {name.split(".")[0] for name in settings if "." in name}
+    for code in re.findall(r"`([^`\n]+)`", text):
+        for path in re.findall(r"[\w/]+\.(?:py|md|toml)\b", code):
+            assert any((base / path).exists() for base in (ROOT, PACKAGE)), (page.name, path)
+        name = re.fullmatch(r"(\w+)\.(\w+)( = .*)?", code)
+        if name and name[1] in sections and name[2] not in {"py", "md"}:
+            assert f"{name[1]}.{name[2]}" in settings, (page.name, code)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", PAGES[0].read_text()))
+def test_links_of_the_readme_lead_somewhere(link):
+    assert (ROOT / link).exists()
+
+
+def test_the_check_of_commands_can_fail():
+    wrong = "```bash\npython -m mosaic_jax.main --config=configs/digits.py --config.seeed=1\n```"
+    with pytest.raises((KeyError, AttributeError)):
+        check(commands(wrong)[0])
+    with pytest.raises(AssertionError):
+        check(["frobnicate", "--now"])
