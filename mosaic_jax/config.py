@@ -245,11 +245,11 @@ def make(options: str, changes: Mapping[str, Any], small: Mapping[str, Any]) -> 
     return config
 
 
-def unknown(what: str, name: str, known: list[str]) -> str:
+def unknown(what: str, name: str, known: list[str], prefix: str = "") -> str:
     """The one line that answers a mistyped name: the nearest right one, else all of them."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
-    return f"unknown {what} {name!r}; {hint}"
+    hint = f"did you mean {prefix + nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
+    return f"unknown {what} {prefix + name!r}; {hint}"
 
 
 def from_config_dict(settings: Mapping[str, Any]) -> Config:
@@ -266,10 +266,12 @@ def from_config_dict(settings: Mapping[str, Any]) -> Config:
 
 
 def _build(cls: Any, settings: Mapping[str, Any], prefix: str) -> Any:
+    if not isinstance(settings, Mapping):
+        raise UserError(f"setting {prefix[:-1]!r} takes settings of its own, not {settings!r}")
     hints = get_type_hints(cls)
     for name in settings:
         if name not in hints:
-            raise UserError(unknown("setting", prefix + name, [prefix + known for known in hints]))
+            raise UserError(unknown("setting", name, list(hints), prefix))
     values = {
         name: _build(hints[name], value, f"{prefix}{name}.")
         if dataclasses.is_dataclass(hints[name])
@@ -314,6 +316,11 @@ def _check_value(path: str, value: Any) -> None:
 
 
 def _check_together(config: Config) -> None:
+    local = config.local_update
+    if local.final_learning_rate is not None and not local.learning_rate:
+        raise UserError(
+            "local_update.final_learning_rate needs a local_update.learning_rate greater than 0"
+        )
     generator, distillation = config.generator_optimization, config.knowledge_distillation
     for name, stage in (
         ("generator_optimization", generator),

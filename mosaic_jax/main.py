@@ -38,6 +38,8 @@ CPU_DEVICES = 8
 USER_ERROR = 2
 """Exit status of a run the user can mend."""
 
+INTERRUPTED = 130
+
 
 def main(argv: list[str]) -> int:
     """Run what the flags ask for; returns the exit status."""
@@ -51,9 +53,12 @@ def main(argv: list[str]) -> int:
         with _progress(console) as progress:
             experiment.run(federation, workdir, Watcher(progress))
         report.show(workdir, console)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -146,7 +146,9 @@ def _lanes(
 
 def _contract(weights: Array, stacked: Array) -> Array:
     """[clients, sums] x [clients, ...] -> [sums, ...]."""
-    return jnp.tensordot(weights, stacked.astype(jnp.float32), axes=(0, 0))
+    return jnp.tensordot(
+        weights, stacked.astype(jnp.float32), axes=(0, 0), precision=jax.lax.Precision.HIGHEST
+    )
 
 
 def _pad(leaf: Array, padding: int) -> Array:

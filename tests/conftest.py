@@ -1,6 +1,7 @@
 """What several tests share: a cache of compiled programs, and federations of a few seconds."""
 
 import os
+import warnings
 from pathlib import Path
 
 import jax
@@ -20,13 +21,8 @@ CACHE_SETTINGS = {
 for setting, value in CACHE_SETTINGS.items():
     jax.config.update(setting, value)
 
-UNRAISABLE = "pytest.PytestUnraisableExceptionWarning"
-ORBAX_LEFTOVERS = (
-    f"ignore:(?s).*Event loop is closed:{UNRAISABLE}",
-    f"ignore:(?s).*_read_array_index_and_device_put:{UNRAISABLE}",
-    "ignore:coroutine '_read_array_index_and_device_put' was never awaited:RuntimeWarning",
-)
-"""Complaints of what a failed restore leaves behind; they may come at any time after it."""
+ORBAX_LEFTOVERS = "(?s).*(Event loop is closed|_read_array_index_and_device_put)"
+"""Complaints of what a restore that failed leaves behind; they come at any time after it."""
 
 TINY = {
     "data.name": "synthetic",
@@ -63,8 +59,14 @@ TINY = {
 
 
 def pytest_configure(config):
-    for leftover in ORBAX_LEFTOVERS:
-        config.addinivalue_line("filterwarnings", leftover)
+    for category in ("pytest.PytestUnraisableExceptionWarning", "RuntimeWarning"):
+        config.addinivalue_line("filterwarnings", f"ignore:{ORBAX_LEFTOVERS}:{category}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure(config):
+    """For what comes after the last test, when pytest looks once more with other filters."""
+    warnings.filterwarnings("ignore", ORBAX_LEFTOVERS, pytest.PytestUnraisableExceptionWarning)
 
 
 def tiny_federation(**overrides):

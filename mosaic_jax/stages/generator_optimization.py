@@ -179,7 +179,7 @@ class ClientGenerator:
         adversary, adversary_state, health = self._adversary_step(
             shared, carry, real, fake, labels, rng.fold(key, 5)
         )
-        loss, towards = jax.value_and_grad(self._generator_loss)(
+        (loss, classes), towards = jax.value_and_grad(self._generator_loss, has_aux=True)(
             fake, adversary, client, shared, rng.fold(key, 5)
         )
         updates, generator_state = self.optimizer(shared["learning_rate"]).update(
@@ -195,7 +195,8 @@ class ClientGenerator:
             "adversary_optimizer": adversary_state,
             "average": average,
         }
-        return carry, health | {"generator_loss": loss, "spread": fake.std(axis=0).mean()}
+        spread = fake.std(axis=0).mean()
+        return carry, health | classes | {"generator_loss": loss, "spread": spread}
 
     def _adversary_step(
         self, shared: PyTree, carry: PyTree, real: Array, fake: Array, labels: Array, key: Array
@@ -217,21 +218,24 @@ class ClientGenerator:
         client: PyTree,
         shared: PyTree,
         key: Array,
-    ) -> Array:
+    ) -> tuple[Array, dict[str, Array]]:
+        """L_G, and the entropy of the mean class under f0, where the losses make use of f0."""
         verdict, _ = self.adversary.logits(
             adversary["params"], adversary.get("batch_stats", {}), self.augment(fake, key)
         )
-        loss = jax.nn.softplus(-verdict).mean()
+        loss, classes = jax.nn.softplus(-verdict).mean(), {}
         settings, weights, frozen = self.settings, shared["loss_weights"], client["frozen"]
         if settings.entropy_weight or settings.diversity_weight:
             logits = self.federation.outputs(frozen, fake).logits
+            diversity = diversity_loss(logits)
             loss += weights["entropy_weight"] * entropy_loss(logits)
-            loss += weights["diversity_weight"] * diversity_loss(logits)
+            loss += weights["diversity_weight"] * diversity
+            classes["class_entropy"] = -diversity
         if settings.inversion_threshold and settings.inversion_weight:
             is_small = client["size"] < settings.inversion_threshold
             weight = jnp.where(is_small, weights["inversion_weight"], 0.0)
             loss += weight * inversion_loss(self.federation.model, frozen, fake)
-        return loss
+        return loss, classes
 
     def augment(self, images: Array, key: Array) -> Array:
         """The same random shift and brightness on real and generated batches (DiffAugment)."""

@@ -5,6 +5,7 @@ teacher, and moves the student, which starts from the global model, by
 kl_weight KL(t || s) + ce_weight CE(argmax t, s) + js_weight JS(t, s).
 """
 
+import logging
 from collections.abc import Callable
 
 import jax
@@ -19,9 +20,14 @@ from mosaic_jax.data.clients import crop_and_flip, to_float
 from mosaic_jax.parallel import AXIS
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State
-from mosaic_jax.stages.generator_optimization import sampler
+from mosaic_jax.stages.generator_optimization import diversity_loss, sampler
 from mosaic_jax.stages.meta_model import teacher_logits
 from mosaic_jax.types import Array, PyTree
+
+log = logging.getLogger(__name__)
+
+FEWEST_CLASSES = 1.5
+"""Effective number of classes (exp of the entropy of the teacher's mean answer) to warn below."""
 
 LOSS_WEIGHTS = ("kl_weight", "ce_weight", "js_weight")
 
@@ -83,9 +89,15 @@ def distil(federation: Federation) -> Stage:
         updates = jax.tree.map(lambda update: -inputs["learning_rate"] * update, updates)
         params = optax.apply_updates(student["params"], updates)
         certainty = jax.nn.softmax(target).max(axis=-1).mean()
+        classes = jnp.exp(-diversity_loss(target))
         return (
             {"student": {"params": params, "batch_stats": statistics}, "optimizer": state},
-            {"loss": value, "agreement": agreement, "teacher_certainty": certainty},
+            {
+                "loss": value,
+                "agreement": agreement,
+                "teacher_certainty": certainty,
+                "teacher_classes": classes,
+            },
         )
 
     def run_block(carry: PyTree, inputs: PyTree, first: Array) -> tuple[PyTree, PyTree]:
@@ -110,7 +122,13 @@ def distil(federation: Federation) -> Stage:
             "key": stage_key,
             "learning_rate": rate,
         }
-        return compiled(carry, inputs, jnp.int32(index * settings.block_steps))
+        carry, metrics = compiled(carry, inputs, jnp.int32(index * settings.block_steps))
+        if metrics["teacher_classes"] < FEWEST_CLASSES:
+            log.warning(
+                "the teacher sees one class in nearly all distillation images: the generators "
+                "have collapsed, and the student learns nothing; train them longer"
+            )
+        return carry, metrics
 
     evaluate = evaluator(federation)
     return Stage(

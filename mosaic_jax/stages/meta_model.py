@@ -80,7 +80,7 @@ def training_set(federation: Federation, state: State) -> PyTree:
 def train(federation: Federation) -> Stage:
     """Train the meta model on shuffled epochs of all prototypes, as one compiled call."""
     settings, model = federation.config.meta_model, build(federation)
-    optimizer = optax.adam(settings.learning_rate)
+    optimizer = optax.scale_by_adam()
     average = optax.ema(settings.ema, debias=True)
     _, assignment = expert_weights(federation.counts)
     key = federation.key("meta_model")
@@ -90,13 +90,14 @@ def train(federation: Federation) -> Stage:
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
         return (losses * mask).sum() / mask.sum()
 
-    def step(carry: PyTree, number: Array, examples: PyTree) -> tuple[PyTree, Array]:
+    def step(carry: PyTree, number: Array, examples: PyTree, rate: Array) -> tuple[PyTree, Array]:
         positions, mask = epoch_batch(examples, number, key, settings.batch_size)
         logits = examples["logits"][positions][:, assignment]
         value, gradient = jax.value_and_grad(loss)(
             carry["params"], logits, examples["labels"][positions], mask, rng.fold(key, number, 1)
         )
         updates, adam = optimizer.update(gradient, carry["optimizer"])
+        updates = jax.tree.map(lambda update: -rate * update, updates)
         params = optax.apply_updates(carry["params"], updates)
         mean, ema = average.update(params, carry["ema"])
         return {"params": params, "optimizer": adam, "ema": ema, "mean": mean}, value
@@ -105,15 +106,15 @@ def train(federation: Federation) -> Stage:
         return _initial(model, optimizer, average, rng.fold(key, 0))
 
     @federation.jit
-    def train_all(state: State) -> tuple[PyTree, Array]:
+    def train_all(state: State, rate: Array) -> tuple[PyTree, Array]:
         examples = training_set(federation, state)
         numbers = jnp.arange(settings.steps)
-        carry, losses = jax.lax.scan(lambda c, n: step(c, n, examples), first(), numbers)
+        carry, losses = jax.lax.scan(lambda c, n: step(c, n, examples, rate), first(), numbers)
         return carry["mean"], losses
 
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
         inputs = {"experts": state["experts"], "prototypes": state["prototypes"]}
-        mean, losses = train_all(inputs)
+        mean, losses = train_all(inputs, jnp.float32(settings.learning_rate))
         return {"params": mean}, {"loss": losses[-10:].mean()}
 
     return Stage(

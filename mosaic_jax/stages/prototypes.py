@@ -56,7 +56,7 @@ def kmeans(
     def lloyd(_: Array, centres: Array) -> Array:
         share = member(centres) * weights[:, None]
         mass = share.sum(axis=0)[:, None]
-        return jnp.where(mass > 0, share.T @ points / jnp.maximum(mass, 1e-12), centres)
+        return jnp.where(mass > 0, _sums(share, points) / jnp.maximum(mass, 1e-12), centres)
 
     centres = jax.lax.fori_loop(0, iterations, lloyd, centres)
     members = member(centres)
@@ -75,7 +75,12 @@ def _distances(points: Array, centres: Array) -> Array:
 def _means(share: Array, points: Array) -> Array:
     """Mean of the points of each cluster, 0 where there are none."""
     mass = share.sum(axis=0)[:, None]
-    return share.T @ points / jnp.where(mass > 0, mass, 1.0)
+    return _sums(share, points) / jnp.where(mass > 0, mass, 1.0)
+
+
+def _sums(share: Array, points: Array) -> Array:
+    """Sums over each cluster [k, d], in full precision on every accelerator."""
+    return jnp.matmul(share.T, points, precision=jax.lax.Precision.HIGHEST)
 
 
 def client_prototypes(federation: Federation, shared: PyTree, client: PyTree) -> PyTree:
