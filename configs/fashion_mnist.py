@@ -25,10 +25,10 @@ SETTINGS = {
     "generator_optimization.batch_size": 32,
     "generator_optimization.width": 16,
     "generator_optimization.adversary_width": 16,
-    "knowledge_distillation.steps": 80,
+    "knowledge_distillation.steps": 120,
     "knowledge_distillation.block_steps": 20,
     "knowledge_distillation.images_per_generator": 13,
-    "knowledge_distillation.batch_norm": "train",
+    "knowledge_distillation.learning_rate": 2e-4,
     "fine_tuning.rounds": 3,
     "fine_tuning.learning_rate": 1e-3,
 }
