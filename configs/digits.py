@@ -20,6 +20,7 @@ SETTINGS = {
     "prototypes.per_class": 20,
     "meta_model.steps": 300,
     "meta_model.feedforward": 256,
+    "meta_model.generated": 32,
     "generator_optimization.steps": 600,
     "generator_optimization.batch_size": 32,
     "generator_optimization.width": 16,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from mosaic_jax.types import UserError
 
@@ -120,6 +121,7 @@ class MetaModel:
     ema: float = 0.99
     dropout: float = 0.2
     feedforward: int = 2048
+    generated: int = 0  # images of each generator that join the prototypes; see stages/meta_model
     expert_embedding: bool = True  # False: the reference's permutation-blind form
 
 
@@ -199,6 +201,7 @@ MAY_BE_ZERO = {
     "partition.seed",
     "local_update.rounds",
     "generator_optimization.steps",
+    "meta_model.generated",
     "knowledge_distillation.steps",
     "fine_tuning.rounds",
     "generator_optimization.inversion_threshold",
@@ -233,7 +236,7 @@ def make(options: str, changes: Mapping[str, Any], small: Mapping[str, Any]) -> 
     Raises:
       UserError: on an unknown word, naming the nearest.
     """
-    config = ConfigDict(dataclasses.asdict(Config()))
+    config = ConfigDict(_with_placeholders(Config()))
     config.update_from_flattened_dict(dict(changes))
     for option in filter(None, options.split(",")):
         if option == "small":
@@ -243,6 +246,23 @@ def make(options: str, changes: Mapping[str, Any], small: Mapping[str, Any]) -> 
         else:
             raise UserError(unknown("option", option, ["small", *HETEROGENEITY]))
     return config
+
+
+def _with_placeholders(node: Any) -> dict[str, Any]:
+    """Defaults as nested dicts; what is None says its type, so that it can be overridden."""
+    hints = get_type_hints(type(node))
+
+    def entry(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return _with_placeholders(value)
+        return placeholder(get_args(hints[name])[0]) if value is None else value
+
+    return {name: entry(name, getattr(node, name)) for name in hints}
+
+
+def names() -> list[str]:
+    """All settings, dotted."""
+    return [name for name, _ in _flatten(Config(), "")]
 
 
 def unknown(what: str, name: str, known: list[str], prefix: str = "") -> str:
@@ -331,14 +351,20 @@ def _check_together(config: Config) -> None:
                 f"{name}.steps = {stage.steps} is not a multiple of "
                 f"{name}.block_steps = {stage.block_steps}"
             )
-    needs_generators = distillation.steps > 0 and distillation.images == "generated"
-    if config.method == "mosaic" and needs_generators and not generator.steps:
+    if config.method == "mosaic" and needs_generators(config) and not generator.steps:
         raise UserError(
-            "knowledge_distillation on generated images needs generators: "
-            "generator_optimization.steps is 0"
+            "generated images are asked for (knowledge_distillation.images, meta_model.generated), "
+            "but generator_optimization.steps is 0"
         )
     if not (distillation.kl_weight or distillation.ce_weight or distillation.js_weight):
         raise UserError(
             "knowledge_distillation: at least one of kl_weight, ce_weight and "
             "js_weight must be greater than 0"
         )
+
+
+def needs_generators(config: Config) -> bool:
+    """Whether any stage draws generated images."""
+    distillation = config.knowledge_distillation
+    distils = distillation.steps > 0 and distillation.images == "generated"
+    return distils or config.meta_model.generated > 0

@@ -81,14 +81,13 @@ def prepare(config: configuration.Config) -> Federation:
 
 def _settings(argv: list[str]) -> configuration.Config:
     """Flags -> checked settings; every way they can be wrong ends in a `UserError`."""
+    _check_names(argv)
     try:
         rest = flags.FLAGS(argv)
         if CONFIG.value is None:
             raise UserError("--config is missing; for example --config=configs/digits.py")
     except UserError:
         raise
-    except FileNotFoundError as error:
-        raise UserError(_unknown_config(str(error.filename))) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(" ".join(str(error).strip("'\"").split())) from None
     if len(rest) > 1:
@@ -98,9 +97,17 @@ def _settings(argv: list[str]) -> configuration.Config:
     return configuration.from_config_dict(CONFIG.value.to_dict())
 
 
-def _unknown_config(name: str) -> str:
-    known = sorted(str(path) for path in Path("configs").glob("*.py"))
-    return configuration.unknown("config", name, known)
+def _check_names(argv: list[str]) -> None:
+    """Answer a mistyped config file or setting before the flags library meets it."""
+    for argument in argv[1:]:
+        flag, _, value = argument.removeprefix("-").removeprefix("-").partition("=")
+        file = value.partition(":")[0]
+        if flag == "config" and file and not Path(file).is_file():
+            known = sorted(str(path) for path in Path("configs").glob("*.py"))
+            raise UserError(configuration.unknown("config", file, known))
+        name = flag.removeprefix("config.")
+        if name != flag and name not in configuration.names():
+            raise UserError(configuration.unknown("setting", name, configuration.names()))
 
 
 def set_up_jax(clients: int) -> None:

@@ -64,9 +64,9 @@ def test_all_stages_run_in_the_papers_order(whole):
     assert [name for name, _ in whole[2]] == [
         *["local_update"] * 3,
         "model_aggregation",
+        *["generator_optimization"] * 2,
         "prototypes",
         "meta_model",
-        *["generator_optimization"] * 2,
         *["knowledge_distillation"] * 2,
         *["fine_tuning"] * 2,
     ]

@@ -31,7 +31,7 @@ BAD = {
     "unknown level": (["--config=configs/digits.py:sever"], "did you mean 'severe'"),
     "mistyped setting": (
         ["--config=configs/digits.py", "--config.local_update.round=3"],
-        "local_update.round",
+        "unknown setting 'local_update.round'; did you mean 'local_update.rounds'?",
     ),
     "wrong type": (
         ["--config=configs/digits.py", "--config.local_update.rounds=many"],

@@ -590,7 +590,9 @@ def train_meta(federation, state):
 
 def toy_accuracy(federation, right):
     meta = train_meta(federation, toy_state(right, 60, seed=0))
-    unseen = meta_model.training_set(federation, toy_state(right, 60, seed=1))
+    unseen = meta_model.training_set(
+        federation, toy_state(right, 60, seed=1), jax.random.key(0)
+    )
     _, assignment = model_aggregation.expert_weights(federation.counts)
     model = meta_model.build(federation)
     logits = model.apply(meta, unseen["logits"][:, assignment])
@@ -622,7 +624,7 @@ def test_the_teacher_is_the_average_of_the_meta_models_weights_without_its_start
 
 
 def test_only_valid_prototypes_train_the_meta_model(federation, states):
-    examples = meta_model.training_set(federation, states["prototypes"])
+    examples = meta_model.training_set(federation, states["prototypes"], jax.random.key(0))
     valid = np.asarray(states["prototypes"]["prototypes"]["valid"])
     chosen = np.asarray(examples["index"])[: int(examples["size"])]
     assert len(chosen) == valid.sum()
@@ -633,7 +635,7 @@ def test_only_valid_prototypes_train_the_meta_model(federation, states):
 
 def test_logits_of_prototypes_are_those_of_the_experts_heads(federation, states):
     state = states["prototypes"]
-    examples = meta_model.training_set(federation, state)
+    examples = meta_model.training_set(federation, state, jax.random.key(0))
     features = np.asarray(state["prototypes"]["features"])  # [clients, experts, classes, k, d]
     head = jax.tree.map(np.asarray, state["experts"]["params"]["head"])
     number = np.ravel_multi_index((1, 8, 2), (3, 10, 3))

@@ -1,10 +1,11 @@
 """Mosaic (arXiv 2505.19699): the four boxes of Figure 1, in order.
 
-Rounds of local training; one more whose client models form the class-wise experts; prototypes and
-the meta model that make the experts a teacher; generators, uploaded once; distillation of the
+Rounds of local training; one more whose client models form the class-wise experts; generators,
+uploaded once; prototypes and the meta model that make the experts a teacher; distillation of the
 teacher into the student on generated images; fine-tuning rounds.
 """
 
+from mosaic_jax.config import needs_generators
 from mosaic_jax.stages import (
     generator_optimization,
     knowledge_distillation,
@@ -28,11 +29,10 @@ def stages(federation: Federation) -> list[Stage]:
     plan = [
         local_update.warm_up(federation, run_round),
         model_aggregation.form_experts(federation),
-        prototypes.collect(federation),
-        meta_model.train(federation),
     ]
-    if distillation.steps and distillation.images == "generated":
+    if needs_generators(config):
         plan.append(generator_optimization.train(federation))
+    plan += [prototypes.collect(federation), meta_model.train(federation)]
     if distillation.steps:
         plan.append(knowledge_distillation.distil(federation))
     student = "student" if distillation.steps else "global"
