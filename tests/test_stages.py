@@ -590,9 +590,7 @@ def train_meta(federation, state):
 
 def toy_accuracy(federation, right):
     meta = train_meta(federation, toy_state(right, 60, seed=0))
-    unseen = meta_model.training_set(
-        federation, toy_state(right, 60, seed=1), jax.random.key(0)
-    )
+    unseen = meta_model.training_set(federation, toy_state(right, 60, seed=1), jax.random.key(0))
     _, assignment = model_aggregation.expert_weights(federation.counts)
     model = meta_model.build(federation)
     logits = model.apply(meta, unseen["logits"][:, assignment])
@@ -864,11 +862,21 @@ def test_the_loss_of_classes_is_that_of_the_frozen_classifier(bench):
 
 def test_the_upload_is_the_average_of_the_generators_weights_without_its_start(bench):
     carries, _ = bench.run(2, steps=2)
-    stacked = jax.tree.map(lambda leaf: leaf[None], carries[-1])
     one, two = (carry["generator"]["params"] for carry in carries[1:])
     assert bench.federation.config.generator_optimization.ema == 0.99
     expected = jax.tree.map(lambda a, b: (0.99 * a + b) / 1.99, one, two)
-    assert_close(member(bench.generator.upload(stacked)["params"], 0), expected, 1e-5)
+    assert_close(bench.generator.upload(carries[-1], KEY)["params"], expected, 1e-5)
+
+
+def test_the_uploads_running_statistics_are_those_of_its_own_weights(bench):
+    carry = bench.run(2, steps=2)[0][-1]
+    upload = bench.generator.upload(carry, KEY)
+    z = jax.random.normal(jax.random.key(8), (4000, 8))
+    model = bench.generator.generator
+    own, _ = model.apply(upload, z, train=True, mutable=["batch_stats"])
+    kept = model.apply(upload, z)
+    stale = model.apply(upload | {"batch_stats": carry["generator"]["batch_stats"]}, z)
+    assert jnp.abs(kept - own).mean() < 0.3 * jnp.abs(stale - own).mean()
 
 
 # --- the ensemble of generators ----------------------------------------------------------------
