@@ -2,6 +2,9 @@
 
     python -m mosaic_jax.main --config=configs/digits.py --workdir=runs/digits
 
+On two CPU cores about two minutes and a half. Test accuracy over seeds 0, 1, 2: global model
+87.2 ± 5.8, teacher 95.6 ± 1.2, student 91.3 ± 2.4, fine-tuned 92.8 ± 1.2.
+
 Options: `:mild`, `:moderate` (default), `:severe`, `:small`; they combine, as in `:severe,small`.
 """
 

@@ -29,7 +29,13 @@ BRANCHES = {
     "none": {"knowledge_distillation.steps": 0},
     "oracle": {"knowledge_distillation.images": "real"},
 }
-SHARED = ("local_update", "model_aggregation", "prototypes", "meta_model")
+SHARED = (
+    "local_update",
+    "model_aggregation",
+    "generator_optimization",
+    "prototypes",
+    "meta_model",
+)
 COLUMNS = (
     ("global model", "generated", "global model (FedAvg)"),
     ("uniform ensemble", "generated", "uniform ensemble of experts"),
