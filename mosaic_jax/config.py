@@ -88,7 +88,7 @@ class GeneratorOptimization:
     width: int = 64  # channels of the generator's last hidden map
     adversary: str = "dcgan"  # dcgan | local (the local model with a real/fake head)
     adversary_width: int = 64  # channels of the DCGAN discriminator's first map
-    learning_rate: float = 2e-3
+    learning_rate: float = 2e-3  # of the generator; both fall to 0 along a cosine
     adversary_learning_rate: float = 1e-3
     beta1: float = 0.5
     beta2: float = 0.99
@@ -97,6 +97,7 @@ class GeneratorOptimization:
     diversity_weight: float = 1.0
     inversion_weight: float = 0.01
     inversion_threshold: int = 0  # tau: clients with fewer images use the inversion loss
+    frozen_every: int = 1  # steps between gradients of the three losses above, scaled up by it
     shift: int = 3  # pixels; the same random shift and brightness on real and fake batches
     brightness: float = 0.2
 
@@ -131,9 +132,9 @@ class KnowledgeDistillation:
 
     steps: int = 1500
     block_steps: int = 50  # steps in one compiled call
-    images_per_generator: int = 32
+    images_per_generator: int = 32  # on average; shared out by the clients' numbers of images
     images: str = "generated"  # generated | real (an oracle that no federation could run)
-    learning_rate: float = 1e-4  # Adam
+    learning_rate: float = 1e-4  # Adam; falls to 0 along a cosine
     kl_weight: float = 0.8
     ce_weight: float = 0.2
     js_weight: float = 1.0

@@ -153,18 +153,23 @@ def test_other_places_are_looked_at(
 ) -> None:
     monkeypatch.setenv(sources.DATA_VARIABLE, str(nowhere / "variable"))
     write_set(nowhere / place)
-    assert len(load("fashion_mnist", directory=nowhere / "empty").train_labels) == TRAIN
+    assert len(load("fashion_mnist").train_labels) == TRAIN
+    with pytest.raises(UserError, match="empty"):
+        load("fashion_mnist", directory=nowhere / "empty")  # a folder that is named is the only one
 
 
-def test_missing_set_says_how_to_get_it(nowhere: Path) -> None:
+def test_missing_set_says_how_to_get_it(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sources.DATA_VARIABLE, str(nowhere / "variable"))
     with pytest.raises(UserError) as caught:
-        load("fashion_mnist", directory=nowhere / "mine")
+        load("fashion_mnist")
     message = str(caught.value)
     assert "\n" not in message
     for part in (
         "'fashion_mnist' not found",
-        str(nowhere / "mine"),
-        str(nowhere / "mine" / "fashion-mnist"),
+        str(nowhere / "variable"),
+        str(nowhere / "variable" / "fashion-mnist"),
         str(nowhere / "cache" / "fashion_mnist"),
         str(nowhere / "system"),
         "train-images-idx3-ubyte",

@@ -21,6 +21,8 @@ from mosaic_jax.data.partition import class_counts
 from mosaic_jax.models.layers import BatchNorm
 from mosaic_jax.stages import federation as federations
 from mosaic_jax.stages import (
+    generator_ensemble,
+    generator_losses,
     generator_optimization,
     knowledge_distillation,
     local_update,
@@ -97,38 +99,38 @@ def states(federation):
 
 def test_diversity_loss_is_minus_log_of_the_classes_where_they_are_even():
     even = 40 * jnp.eye(7)[jnp.arange(70) % 7]  # every image sure, all classes alike
-    assert generator_optimization.diversity_loss(even) == pytest.approx(-np.log(7), abs=1e-6)
-    flat = generator_optimization.diversity_loss(jnp.zeros((5, 7)))
+    assert generator_losses.diversity_loss(even) == pytest.approx(-np.log(7), abs=1e-6)
+    flat = generator_losses.diversity_loss(jnp.zeros((5, 7)))
     assert flat == pytest.approx(-np.log(7), abs=1e-6)
-    one_class = generator_optimization.diversity_loss(40 * jnp.eye(7)[jnp.zeros(9, int)])
+    one_class = generator_losses.diversity_loss(40 * jnp.eye(7)[jnp.zeros(9, int)])
     assert one_class == pytest.approx(0, abs=1e-6)
 
 
 def test_no_logits_have_a_diversity_loss_below_its_minimum():
     for scale in (0.1, 1, 10):
-        loss = generator_optimization.diversity_loss(scale * RANDOM.standard_normal((16, 7)))
+        loss = generator_losses.diversity_loss(scale * RANDOM.standard_normal((16, 7)))
         assert -np.log(7) < loss < 0
 
 
 def test_diversity_loss_is_that_of_the_mean_probabilities():
     logits = RANDOM.standard_normal((16, 7))
     mean = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).mean(0)
-    loss = generator_optimization.diversity_loss(jnp.asarray(logits))
+    loss = generator_losses.diversity_loss(jnp.asarray(logits))
     assert loss == pytest.approx((mean * np.log(mean)).sum(), rel=1e-5)
 
 
 def test_entropy_loss_is_zero_for_sure_images_and_log_of_the_classes_for_unsure_ones():
-    assert generator_optimization.entropy_loss(100 * jnp.eye(7)) == pytest.approx(0, abs=1e-6)
-    unsure = generator_optimization.entropy_loss(jnp.full((3, 7), 2.0))
+    assert generator_losses.entropy_loss(100 * jnp.eye(7)) == pytest.approx(0, abs=1e-6)
+    unsure = generator_losses.entropy_loss(jnp.full((3, 7), 2.0))
     assert unsure == pytest.approx(np.log(7), abs=1e-6)
     both = jnp.concatenate([100 * jnp.eye(7)[:2], jnp.zeros((2, 7))])
-    assert generator_optimization.entropy_loss(both) == pytest.approx(np.log(7) / 2, abs=1e-6)
+    assert generator_losses.entropy_loss(both) == pytest.approx(np.log(7) / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["diversity_loss", "entropy_loss"])
 def test_extreme_logits_give_no_nan(loss):
     """The reference takes the logarithm of a mean probability that can be 0 (oddity 4)."""
-    function = getattr(generator_optimization, loss)
+    function = getattr(generator_losses, loss)
     for scale in (1e3, 1e10, 1e30):
         logits = scale * jnp.eye(7)[jnp.array([2, 2, 2])]
         value, gradient = jax.value_and_grad(function)(logits)
@@ -170,7 +172,7 @@ def test_inversion_loss_vanishes_at_matching_statistics_and_its_gradient_stays_f
     variables = matched(images)
 
     def loss(images):
-        return generator_optimization.inversion_loss(TwoNorms(), variables, images)
+        return generator_losses.inversion_loss(TwoNorms(), variables, images)
 
     value, gradient = jax.value_and_grad(loss)(images)
     assert value == pytest.approx(0, abs=1e-4)
@@ -188,7 +190,7 @@ def test_inversion_loss_is_the_distance_of_the_statistics():
         mean, var = flat.mean(0), flat.var(0)
         expected += np.linalg.norm(mean) + np.linalg.norm(var - 1)
         flat = (flat / np.sqrt(1 + 1e-5)) ** 2
-    loss = generator_optimization.inversion_loss(TwoNorms(), variables, images)
+    loss = generator_losses.inversion_loss(TwoNorms(), variables, images)
     assert loss == pytest.approx(expected, rel=1e-4)
 
 
@@ -201,7 +203,7 @@ def test_inversion_loss_at_exactly_zero_has_a_gradient_of_zero():
     images = jnp.concatenate([jnp.ones((4, 2)), -jnp.ones((4, 2))])  # mean 0, variance 1
     variables = OneNorm().init(KEY, images)
     loss, gradient = jax.value_and_grad(
-        lambda images: generator_optimization.inversion_loss(OneNorm(), variables, images)
+        lambda images: generator_losses.inversion_loss(OneNorm(), variables, images)
     )(images)
     assert loss == 0
     assert_same(gradient, np.zeros_like(images))
@@ -213,7 +215,7 @@ def test_inversion_loss_of_the_classifier_moves_images(federation, states):
     images = to_float(federation.data["images"][:8])
     gradient = jax.jit(
         jax.grad(
-            lambda images: generator_optimization.inversion_loss(
+            lambda images: generator_losses.inversion_loss(
                 federation.model, variables, images
             )
         )
@@ -713,15 +715,19 @@ class Bench:
         return carries, figures
 
 
+LONG = {"generator_optimization.steps": 10_000}  # so that the falling learning rate hardly falls
+
+
 @pytest.fixture(scope="module")
-def bench(federation, states):
+def bench(make_federation, states):
+    federation = unequal(make_federation, **SETTINGS, **LONG)
     return Bench(federation, states["model_aggregation"]["clients"])
 
 
 @pytest.fixture(scope="module")
 def benches(bench, make_federation):
     """By adversary; the local one with tau = 0, the default."""
-    local = unequal(make_federation, **{"generator_optimization.adversary": "local"})
+    local = unequal(make_federation, **LONG, **{"generator_optimization.adversary": "local"})
     return {"dcgan": bench, "local": Bench(local, bench.models)}
 
 
@@ -860,6 +866,47 @@ def test_the_loss_of_classes_is_that_of_the_frozen_classifier(bench):
     assert rise(flat, entropy_weight=2.0) == pytest.approx(2 * np.log(10), rel=1e-4)
 
 
+def test_every_kth_step_carries_k_times_the_frozen_losses(bench, make_federation):
+    lazy = unequal(make_federation, **SETTINGS, **LONG, **{"generator_optimization.frozen_every": 3})
+    lazy = Bench(lazy, bench.models)
+
+    def rises(bench):
+        """What the diversity loss adds to the generator's loss in steps 0 to 5 of equal carries."""
+        client = parallel.replicated(bench.federation.mesh, bench.client(1))
+        carry, found = bench.start(bench.shared(), client), []
+        for number in range(6):
+            with_it, without = (
+                bench.step(bench.shared(**weights(diversity_weight=w)), client, carry, number)
+                for w in (1.0, 0.0)
+            )
+            found.append(float(with_it[1]["generator_loss"] - without[1]["generator_loss"]))
+            same = not differ(with_it[0]["generator"]["params"], without[0]["generator"]["params"])
+            assert same == (found[-1] == 0)
+        return np.array(found)
+
+    every, third = rises(bench), rises(lazy)
+    assert (every < -0.1).all()
+    np.testing.assert_array_equal(third == 0, [False, True, True, False, True, True])
+    np.testing.assert_allclose(third[::3], 3 * every[::3], rtol=1e-5)
+
+
+def test_both_learning_rates_fall_to_zero_along_a_cosine(bench, make_federation):
+    short = unequal(make_federation, **SETTINGS, **{"generator_optimization.steps": 8})
+    short = Bench(short, bench.models)
+    client = parallel.replicated(short.federation.mesh, short.client(1))
+    carry = short.start(short.shared(), client)
+    for name in ("generator", "adversary"):
+        # Adam's first step is the learning rate times the gradient's sign.
+        sizes = []
+        for number in (0, 2, 4, 6, 8):
+            after, _ = short.step(short.shared(), client, carry, jnp.int32(number))
+            moves = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), after[name], carry[name])
+            sizes.append(max(map(float, jax.tree.leaves(moves["params"]))))
+        rate = {"generator": 2e-3, "adversary": 1e-3}[name]
+        falling = 0.5 * (1 + np.cos(np.pi * np.array([0, 2, 4, 6, 8]) / 8))
+        np.testing.assert_allclose(sizes, rate * falling, rtol=0.02, atol=1e-8)
+
+
 def test_the_upload_is_the_average_of_the_generators_weights_without_its_start(bench):
     carries, _ = bench.run(2, steps=2)
     one, two = (carry["generator"]["params"] for carry in carries[1:])
@@ -885,7 +932,7 @@ def test_the_uploads_running_statistics_are_those_of_its_own_weights(bench):
 
 
 def test_a_clients_images_do_not_depend_on_the_other_clients(federation, states):
-    draw = jax.jit(generator_optimization.sampler(federation, 4))
+    draw = jax.jit(generator_ensemble.sampler(federation, 4))
     generators = states["generator_optimization"]["generators"]
     every = draw(generators, KEY)
     assert every.shape == (3, 4, 16, 16, 1)
@@ -899,7 +946,7 @@ def test_equal_generators_draw_different_images(federation, states):
     """Each has a stream of its own, or the ensemble would show the same image N times."""
     generators = states["generator_optimization"]["generators"]
     equal = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), generators)
-    images = jax.jit(generator_optimization.sampler(federation, 4))(equal, KEY)
+    images = jax.jit(generator_ensemble.sampler(federation, 4))(equal, KEY)
     assert differ(images[0], images[1])
     assert len(np.unique(np.asarray(images).reshape(12, -1), axis=0)) == 12
 
@@ -914,13 +961,31 @@ def test_distillation_sees_each_generators_own_images_and_no_mixture(federation,
     kernel = params["colour"]["kernel"]
     params["colour"]["kernel"] = kernel + shades.reshape(3, 1, 1, 1, 1)
     constant = {"params": params, "batch_stats": generators["batch_stats"]}
-    source = knowledge_distillation._image_source(federation)
+    source = knowledge_distillation.image_source(federation)
     images = np.asarray(jax.jit(source)(constant, KEY))
     assert images.shape == (3 * 4, 16, 16, 1)
     expected = np.tanh(4 * np.asarray(shades))  # four channels, each times the shade
     for image in images:
         np.testing.assert_allclose(image, image.flat[0])
-    np.testing.assert_allclose(images[:, 0, 0, 0], np.repeat(expected, 4), rtol=1e-5)
+    # 5, 33 and 31 images: one each, and of the other nine 0.65, 4.30 and 4.04.
+    np.testing.assert_allclose(images[:, 0, 0, 0], np.repeat(expected, [2, 5, 5]), rtol=1e-5)
+    one_by_one = {tuple(image.ravel()[:1]) for image in images}
+    assert len(one_by_one) == 3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "expected"),
+    [
+        ([10, 10], 8, [4, 4]),
+        ([1, 1000], 10, [1, 9]),
+        ([5, 33, 31], 12, [2, 5, 5]),
+        ([7, 7, 7], 3, [1, 1, 1]),
+        ([2, 3, 5], 13, [3, 4, 6]),
+        ([4], 6, [6]),
+    ],
+)
+def test_a_batch_is_shared_out_by_the_clients_images_and_forgets_none(sizes, batch, expected):
+    np.testing.assert_array_equal(generator_ensemble.shares(np.array(sizes), batch), expected)
 
 
 # --- the student -------------------------------------------------------------------------------
@@ -938,7 +1003,7 @@ def test_the_student_starts_as_the_global_model_and_moves(federation, states):
 def test_distillation_brings_the_student_to_the_teacher(federation, states, classify, teacher):
     """The loss on images of its own falls; a stage that stood still or climbed would not pass."""
     before, after = states["generator_optimization"], states["knowledge_distillation"]
-    draw = jax.jit(generator_optimization.sampler(federation, 16))
+    draw = jax.jit(generator_ensemble.sampler(federation, 16))
     images = draw(before["generators"], KEY).reshape(48, 16, 16, 1)
     weights = {"kl_weight": 0.8, "ce_weight": 0.2, "js_weight": 1.0}
     losses = [

@@ -69,7 +69,7 @@ def load(
 
     Args:
       name: one of `names()`.
-      directory: folder to look in first, for sets that come as files.
+      directory: the folder of a set that comes as files; None looks in the usual places.
       image_size: height and width in pixels; None for the set's default.
       train_images: keep a random subset of so many training images; None keeps all.
       test_images: the same for the test images.
@@ -271,11 +271,11 @@ def _idx_paths(request: Request, system_folder: Path, command: str) -> list[Path
 
 
 def _places(name: str, directory: Path | None, system_folder: Path) -> list[Path]:
-    """Where a set's files may lie, the user's own choice first."""
+    """Where a set's files may lie; a folder the user names is the only one."""
     variable = os.environ.get(DATA_VARIABLE)
-    roots = [root for root in (directory, Path(variable) if variable else None) if root]
-    own = [root / part for root in roots for part in ("", name, name.replace("_", "-"))]
-    return [*own, CACHE.expanduser() / name, system_folder]
+    root = directory or (Path(variable) if variable else None)
+    own = [root / part for part in ("", name, name.replace("_", "-"))] if root else []
+    return own if directory else [*own, CACHE.expanduser() / name, system_folder]
 
 
 SOURCES: dict[str, Source] = {

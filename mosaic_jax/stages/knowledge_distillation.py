@@ -20,9 +20,10 @@ from mosaic_jax.data.clients import crop_and_flip, to_float
 from mosaic_jax.parallel import AXIS
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State
-from mosaic_jax.stages.generator_optimization import diversity_loss, sampler
+from mosaic_jax.stages.generator_ensemble import mixed_sampler
+from mosaic_jax.stages.generator_losses import diversity_loss
 from mosaic_jax.stages.meta_model import teacher_logits
-from mosaic_jax.types import Array, PyTree
+from mosaic_jax.types import Array, PyTree, Variables
 
 log = logging.getLogger(__name__)
 
@@ -52,77 +53,87 @@ def distillation_loss(
     return losses.mean()
 
 
-def distil(federation: Federation) -> Stage:
-    """Distillation as blocks of steps, each block one compiled call."""
-    settings, model = federation.config.knowledge_distillation, federation.model
-    teacher = teacher_logits(federation)
-    optimizer = optax.scale_by_adam()
-    rate = jnp.float32(settings.learning_rate)
-    weights = {name: jnp.float32(getattr(settings, name)) for name in LOSS_WEIGHTS}
-    is_train = settings.batch_norm == "train"
-    draw = _image_source(federation)
-    stage_key = federation.key("knowledge_distillation")
-    over_devices = NamedSharding(federation.mesh, P(AXIS))
+class Student:
+    """The student's steps; it and Adam's moments are what the stage carries."""
+
+    def __init__(self, federation: Federation):
+        self.federation, self.settings = federation, federation.config.knowledge_distillation
+        self.teacher = teacher_logits(federation)
+        self.draw = image_source(federation)
+        self.optimizer = optax.scale_by_adam()
+        self.schedule = optax.cosine_decay_schedule(1.0, max(self.settings.steps, 1))
+        self.over_devices = NamedSharding(federation.mesh, P(AXIS))
+
+    def start(self, student: Variables) -> PyTree:
+        """The student is at first the global model."""
+        return {"student": student, "optimizer": self.optimizer.init(student["params"])}
+
+    def steps(self, carry: PyTree, inputs: PyTree, first: Array) -> tuple[PyTree, PyTree]:
+        """A block of steps from number `first` on; mean metrics."""
+        numbers = first + jnp.arange(self.settings.block_steps)
+        carry, metrics = jax.lax.scan(lambda c, n: self.step(c, n, inputs), carry, numbers)
+        return carry, jax.tree.map(jnp.mean, metrics)
+
+    def step(self, carry: PyTree, number: Array, inputs: PyTree) -> tuple[PyTree, PyTree]:
+        """One step of Adam, whose rate falls to 0 along a cosine over the stage.
+
+        Args:
+          carry: of `start`.
+          number: the step's number in the stage.
+          inputs: "teacher", "source" of images, loss "weights", "learning_rate" and "key".
+        """
+        student = carry["student"]
+        images = self.draw(inputs["source"], rng.fold(inputs["key"], number))
+        images = jax.lax.with_sharding_constraint(images, self.over_devices)  # data-parallel
+        target = self.teacher(inputs["teacher"], images)
+        (value, (statistics, agreement)), gradient = jax.value_and_grad(self.loss, has_aux=True)(
+            student["params"], student["batch_stats"], images, target, inputs["weights"]
+        )
+        updates, optimizer = self.optimizer.update(gradient, carry["optimizer"])
+        rate = inputs["learning_rate"] * self.schedule(number)
+        updates = jax.tree.map(lambda update: -rate * update, updates)
+        params = optax.apply_updates(student["params"], updates)
+        student = {"params": params, "batch_stats": statistics}
+        return {"student": student, "optimizer": optimizer}, {
+            "loss": value,
+            "agreement": agreement,
+            "teacher_certainty": jax.nn.softmax(target).max(axis=-1).mean(),
+            "teacher_classes": jnp.exp(-diversity_loss(target)),
+        }
 
     def loss(
-        params: PyTree, statistics: PyTree, images: Array, target: Array, weights: PyTree
-    ) -> tuple[Array, PyTree]:
-        outputs, updated = model.apply(
+        self, params: PyTree, statistics: PyTree, images: Array, target: Array, weights: PyTree
+    ) -> tuple[Array, tuple[PyTree, Array]]:
+        """The distillation loss; the new statistics and how often both name the same class."""
+        outputs, updated = self.federation.model.apply(
             {"params": params, "batch_stats": statistics},
             images,
-            train=is_train,
+            train=self.settings.batch_norm == "train",
             mutable=["batch_stats"],
         )
-        value = distillation_loss(outputs.logits, target, weights, settings.temperature)
+        value = distillation_loss(outputs.logits, target, weights, self.settings.temperature)
         agreement = (outputs.logits.argmax(-1) == target.argmax(-1)).mean()
         return value, (updated.get("batch_stats", statistics), agreement)
 
-    def step(carry: PyTree, number: Array, inputs: PyTree) -> tuple[PyTree, PyTree]:
-        student = carry["student"]
-        images = draw(inputs["source"], rng.fold(inputs["key"], number))
-        images = jax.lax.with_sharding_constraint(images, over_devices)  # data-parallel student
-        target = teacher(inputs["teacher"], images)
-        (value, (statistics, agreement)), gradient = jax.value_and_grad(loss, has_aux=True)(
-            student["params"], student["batch_stats"], images, target, inputs["weights"]
-        )
-        updates, state = optimizer.update(gradient, carry["optimizer"])
-        updates = jax.tree.map(lambda update: -inputs["learning_rate"] * update, updates)
-        params = optax.apply_updates(student["params"], updates)
-        certainty = jax.nn.softmax(target).max(axis=-1).mean()
-        classes = jnp.exp(-diversity_loss(target))
-        return (
-            {"student": {"params": params, "batch_stats": statistics}, "optimizer": state},
-            {
-                "loss": value,
-                "agreement": agreement,
-                "teacher_certainty": certainty,
-                "teacher_classes": classes,
-            },
-        )
 
-    def run_block(carry: PyTree, inputs: PyTree, first: Array) -> tuple[PyTree, PyTree]:
-        numbers = first + jnp.arange(settings.block_steps)
-        carry, metrics = jax.lax.scan(lambda c, n: step(c, n, inputs), carry, numbers)
-        return carry, jax.tree.map(jnp.mean, metrics)
-
+def distil(federation: Federation) -> Stage:
+    """Distillation as blocks of steps, each block one compiled call."""
+    settings, student = federation.config.knowledge_distillation, Student(federation)
     everywhere = NamedSharding(federation.mesh, P())
-    compiled = federation.jit(run_block, donate_argnums=0, out_shardings=everywhere)
-
-    def start(state: State) -> PyTree:
-        student = state["global"]
-        return federation.fresh(
-            {"student": student, "optimizer": optimizer.init(student["params"])}
-        )
+    steps = federation.jit(student.steps, donate_argnums=0, out_shardings=everywhere)
+    evaluate = evaluator(federation)
+    constants = {
+        "weights": {name: jnp.float32(getattr(settings, name)) for name in LOSS_WEIGHTS},
+        "learning_rate": jnp.float32(settings.learning_rate),
+        "key": federation.key("knowledge_distillation"),
+    }
 
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
-        inputs = {
+        inputs = constants | {
             "teacher": {"experts": state["experts"], "meta": state["meta"]},
             "source": federation.data if settings.images == "real" else state["generators"],
-            "weights": weights,
-            "key": stage_key,
-            "learning_rate": rate,
         }
-        carry, metrics = compiled(carry, inputs, jnp.int32(index * settings.block_steps))
+        carry, metrics = steps(carry, inputs, jnp.int32(index * settings.block_steps))
         if metrics["teacher_classes"] < FEWEST_CLASSES:
             log.warning(
                 "the teacher sees one class in nearly all distillation images: the generators "
@@ -130,11 +141,10 @@ def distil(federation: Federation) -> Stage:
             )
         return carry, metrics
 
-    evaluate = evaluator(federation)
     return Stage(
         name="knowledge_distillation",
         blocks=settings.steps // settings.block_steps,
-        start=start,
+        start=lambda state: federation.fresh(student.start(state["global"])),
         block=block,
         finish=lambda state, carry: state | {"student": carry["student"]},
         evaluate=lambda state: evaluate(state["student"]),
@@ -142,26 +152,17 @@ def distil(federation: Federation) -> Stage:
     )
 
 
-def _image_source(federation: Federation) -> Callable[[PyTree, Array], Array]:
+def image_source(federation: Federation) -> Callable[[PyTree, Array], Array]:
     """`(source, key) -> images [batch, h, w, c]`: the generators, or the oracle's real images."""
-    settings = federation.config.knowledge_distillation
-    if settings.images == "real":
-        augment, batch = (
-            federation.config.data,
-            settings.images_per_generator * federation.num_clients,
-        )
-        positions = jnp.asarray(np.concatenate(federation.indices))
+    settings, augment = federation.config.knowledge_distillation, federation.config.data
+    if settings.images == "generated":
+        return mixed_sampler(federation, settings.images_per_generator)
+    positions = jnp.asarray(np.concatenate(federation.indices))
+    batch = settings.images_per_generator * federation.num_clients
 
-        def real(data: PyTree, key: Array) -> Array:
-            chosen = jax.random.choice(rng.fold(key, 0), positions, (batch,))
-            images = to_float(data["images"][chosen])
-            return crop_and_flip(images, rng.fold(key, 1), augment.crop_padding, augment.flip)
+    def real(data: PyTree, key: Array) -> Array:
+        chosen = jax.random.choice(rng.fold(key, 0), positions, (batch,))
+        images = to_float(data["images"][chosen])
+        return crop_and_flip(images, rng.fold(key, 1), augment.crop_padding, augment.flip)
 
-        return real
-    draw = sampler(federation, settings.images_per_generator)
-
-    def generated(generators: PyTree, key: Array) -> Array:
-        images = draw(generators, key)
-        return images.reshape(-1, *images.shape[2:])
-
-    return generated
+    return real

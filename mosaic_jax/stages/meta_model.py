@@ -17,7 +17,7 @@ from mosaic_jax.data.clients import epoch_batch
 from mosaic_jax.models import MetaModel, head_logits
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State
-from mosaic_jax.stages.generator_optimization import sampler
+from mosaic_jax.stages.generator_ensemble import sampler
 from mosaic_jax.stages.model_aggregation import expert_logits, expert_weights
 from mosaic_jax.types import Array, PyTree
 

@@ -1,0 +1,81 @@
+"""The ensemble of the uploaded generators: what the server draws images from, never averaged."""
+
+from collections.abc import Callable
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mosaic_jax import rng
+from mosaic_jax.models import Generator
+from mosaic_jax.stages.federation import Federation
+from mosaic_jax.types import Array, PyTree, Variables
+
+
+def build(federation: Federation) -> Generator:
+    """The generator of images of the federation's data set."""
+    settings = federation.config.generator_optimization
+    height, _, channels = federation.dataset.image_shape
+    return Generator(
+        image_size=height,
+        channels=channels,
+        width=settings.width,
+        latent=settings.latent,
+        form=federation.config.model.conv,
+    )
+
+
+def sampler(federation: Federation, images: int) -> Callable[[Variables, Array], Array]:
+    """`(generators [clients, ...], key) -> images [clients, images, h, w, c]` in [-1, 1].
+
+    Each generator draws with its client's own key.
+    """
+    generator, latent = build(federation), federation.config.generator_optimization.latent
+
+    def of_client(key: Array, client: PyTree) -> Array:
+        z = jax.random.normal(rng.fold(key, client["id"]), (images, latent))
+        return cast(Array, generator.apply(client["generator"], z))
+
+    mapped = federation.map(of_client)
+
+    def draw(generators: Variables, key: Array) -> Array:
+        ids = jnp.arange(jax.tree.leaves(generators)[0].shape[0])
+        return mapped(key, {"id": ids, "generator": generators})
+
+    return draw
+
+
+def shares(sizes: np.ndarray, batch: int) -> np.ndarray:
+    """Images of each generator in a batch: one each, the rest in proportion to n_i.
+
+    Args:
+      sizes: images n_i of each client, int [clients].
+      batch: images in all, at least one a client.
+
+    Returns:
+      int [clients], summing to `batch`; what does not divide goes to the largest remainders.
+    """
+    exact = sizes / sizes.sum() * (batch - len(sizes))
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: batch - len(sizes) - counts.sum()]] += 1
+    return counts + 1
+
+
+def mixed_sampler(
+    federation: Federation, images_per_generator: int
+) -> Callable[[Variables, Array], Array]:
+    """`(generators, key) -> images [clients * images_per_generator, h, w, c]`, shared out by n_i.
+
+    The reference gives every generator the same share, so that one of 60 images, which has learnt
+    little, is heard like one of 1,500.
+    """
+    counts = shares(federation.counts.sum(axis=1), images_per_generator * federation.num_clients)
+    draw = sampler(federation, int(counts.max()))
+    client = np.repeat(np.arange(len(counts)), counts)
+    image = np.concatenate([np.arange(count) for count in counts])
+
+    def mixed(generators: Variables, key: Array) -> Array:
+        return draw(generators, key)[client, image]
+
+    return mixed
