@@ -148,6 +148,7 @@ class FineTuning:
 
     rounds: int = 40
     learning_rate: float = 1e-4
+    batch_norm: str = "train"  # frozen | train: statistics the clients normalise with
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,7 @@ CHOICES = {
     "prototypes.features": ("experts", "global"),
     "knowledge_distillation.images": ("generated", "real"),
     "knowledge_distillation.batch_norm": ("frozen", "train"),
+    "fine_tuning.batch_norm": ("frozen", "train"),
 }
 """Settings that take one of a few words. (Data sets, models and methods are registries.)"""
 

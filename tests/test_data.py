@@ -158,9 +158,7 @@ def test_other_places_are_looked_at(
         load("fashion_mnist", directory=nowhere / "empty")  # a folder that is named is the only one
 
 
-def test_missing_set_says_how_to_get_it(
-    nowhere: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_set_says_how_to_get_it(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(sources.DATA_VARIABLE, str(nowhere / "variable"))
     with pytest.raises(UserError) as caught:
         load("fashion_mnist")

@@ -215,9 +215,7 @@ def test_inversion_loss_of_the_classifier_moves_images(federation, states):
     images = to_float(federation.data["images"][:8])
     gradient = jax.jit(
         jax.grad(
-            lambda images: generator_losses.inversion_loss(
-                federation.model, variables, images
-            )
+            lambda images: generator_losses.inversion_loss(federation.model, variables, images)
         )
     )(images)
     assert np.isfinite(gradient).all()
@@ -297,23 +295,34 @@ def test_the_teacher_gets_no_gradient_and_the_student_does():
 # --- FedAvg and the experts --------------------------------------------------------------------
 
 
+def test_frozen_fine_tuning_trains_weights_and_leaves_the_statistics(make_federation, states):
+    frozen = unequal(make_federation, **SETTINGS, **{"fine_tuning.batch_norm": "frozen"})
+    before = states["knowledge_distillation"]
+    tuned = {}
+    for name, each in {"train": unequal(make_federation, **SETTINGS), "frozen": frozen}.items():
+        stage = methods.stages("mosaic", each)[-1]
+        carry, figures = stage.block(before, stage.start(before), 0)
+        tuned[name] = stage.finish(before, carry)["global"]
+        assert np.isfinite(figures["loss"]).all()
+        assert differ(tuned[name]["params"], before["student"]["params"])
+    assert_same(tuned["frozen"]["batch_stats"], before["student"]["batch_stats"])
+    assert differ(tuned["train"]["batch_stats"], before["student"]["batch_stats"])
+    assert differ(tuned["train"]["params"], tuned["frozen"]["params"])
+
+
 @pytest.fixture(scope="module")
 def trained(federation, states):
     """Every client's model of the aggregation round, each trained alone."""
     settings = federation.config.model_aggregation
-    update = jax.jit(
-        lambda client: local_update.local_update(
-            federation,
-            states["local_update"]["global"],
-            federation.data,
-            client,
-            settings.learning_rate,
-            federation.key("model_aggregation"),
-            0,
-            settings.steps,
-        )[0]
-    )
-    return [update(member(federation.clients, i)) for i in range(3)]
+    shared = {
+        "variables": states["local_update"]["global"],
+        "data": federation.data,
+        "learning_rate": settings.learning_rate,
+        "key": federation.key("model_aggregation"),
+        "first_step": 0,
+    }
+    update = jax.jit(local_update.ClientUpdate(federation, settings.steps))
+    return [update(shared, member(federation.clients, i))[0] for i in range(3)]
 
 
 def weighted(models, weights):
@@ -867,7 +876,9 @@ def test_the_loss_of_classes_is_that_of_the_frozen_classifier(bench):
 
 
 def test_every_kth_step_carries_k_times_the_frozen_losses(bench, make_federation):
-    lazy = unequal(make_federation, **SETTINGS, **LONG, **{"generator_optimization.frozen_every": 3})
+    lazy = unequal(
+        make_federation, **SETTINGS, **LONG, **{"generator_optimization.frozen_every": 3}
+    )
     lazy = Bench(lazy, bench.models)
 
     def rises(bench):

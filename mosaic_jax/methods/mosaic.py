@@ -36,6 +36,10 @@ def stages(federation: Federation) -> list[Stage]:
     if distillation.steps:
         plan.append(knowledge_distillation.distil(federation))
     student = "student" if distillation.steps else "global"
+    if fine_tuning.batch_norm == "frozen":
+        run_round = local_update.round_function(
+            federation, config.local_update.steps, batch_norm="frozen"
+        )
     tuning = local_update.rounds(
         federation, run_round, "fine_tuning", fine_tuning.rounds, fine_tuning.learning_rate, student
     )

@@ -17,133 +17,117 @@ from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
 from mosaic_jax.types import Array, PyTree, Variables
 
-Round = Callable[..., PyTree]
+Round = Callable[[Variables, PyTree, PyTree, Array], PyTree]
 
 
-def local_update(
-    federation: Federation,
-    variables: Variables,
-    data: PyTree,
-    client: PyTree,
-    learning_rate: Array | float,
-    key: Array,
-    first_step: Array | int,
-    steps: int,
-) -> tuple[Variables, dict[str, Array]]:
-    """`steps` SGD steps of ONE client on cross-entropy.
+class ClientUpdate:
+    """SGD steps of ONE client on cross-entropy.
 
     Args:
       federation: model and settings.
-      variables: the received model.
-      data: images and labels all clients index into.
-      client: one client's packed lists.
-      learning_rate: scalar.
-      key: the stage's key; the client's stream depends on it, the client and the step alone.
-      first_step: steps the client made before, so that epochs go on across rounds.
       steps: number of steps.
-
-    Returns:
-      The trained variables, and the loss and accuracy on the batches it saw.
+      batch_norm: "train": batch statistics, and the client's own running ones go into the average;
+        "frozen": the received statistics, which stay as they are.
     """
-    settings, augment = federation.config.local_update, federation.config.data
-    optimizer = optax.chain(
-        optax.add_decayed_weights(settings.weight_decay),
-        optax.sgd(learning_rate, momentum=settings.momentum or None),
-    )
-    client_key = rng.fold(key, client["id"])
 
-    def step(carry: PyTree, number: Array) -> tuple[PyTree, PyTree]:
-        variables, optimizer_state = carry
-        positions, mask = epoch_batch(client, number, client_key, settings.batch_size)
+    def __init__(self, federation: Federation, steps: int, batch_norm: str = "train"):
+        self.federation, self.steps, self.batch_norm = federation, steps, batch_norm
+        self.settings = federation.config.local_update
+
+    def __call__(self, shared: PyTree, client: PyTree) -> tuple[Variables, dict[str, Array]]:
+        """Train the received model.
+
+        Args:
+          shared: "variables", the received model; "data" all clients index into; "learning_rate";
+            "key" of the stage, on which, with the client and the step, the client's stream depends;
+            "first_step", steps made before, so that epochs go on across rounds.
+          client: its packed lists.
+
+        Returns:
+          The trained variables, and the loss and accuracy on the batches it saw.
+        """
+        received = shared["variables"]
+        start = (received, self.optimizer(shared).init(received["params"]))
+        numbers = shared["first_step"] + jnp.arange(self.steps)
+        (variables, _), sums = jax.lax.scan(
+            lambda carry, number: self.step(shared, client, carry, number), start, numbers
+        )
+        totals = jax.tree.map(jnp.sum, sums)
+        return variables, {
+            "loss": totals["loss"] / totals["count"],
+            "accuracy": totals["correct"] / totals["count"],
+        }
+
+    def optimizer(self, shared: PyTree) -> optax.GradientTransformation:
+        """SGD with L2 on all parameters."""
+        return optax.chain(
+            optax.add_decayed_weights(self.settings.weight_decay),
+            optax.sgd(shared["learning_rate"], momentum=self.settings.momentum or None),
+        )
+
+    def step(
+        self, shared: PyTree, client: PyTree, carry: PyTree, number: Array
+    ) -> tuple[PyTree, dict[str, Array]]:
+        """One step on the next batch of the client's epoch."""
+        (variables, state), augment = carry, self.federation.config.data
+        key, data = rng.fold(shared["key"], client["id"]), shared["data"]
+        positions, mask = epoch_batch(client, number, key, self.settings.batch_size)
         images = to_float(data["images"][positions])
-        images = crop_and_flip(
-            images, rng.fold(client_key, number, 1), augment.crop_padding, augment.flip
+        images = crop_and_flip(images, rng.fold(key, number, 1), augment.crop_padding, augment.flip)
+        gradient, (statistics, sums) = jax.grad(self.loss, has_aux=True)(
+            variables["params"], variables["batch_stats"], images, data["labels"][positions], mask
         )
-        labels = data["labels"][positions]
-        gradient, (statistics, sums) = jax.grad(_loss, argnums=1, has_aux=True)(
-            federation, variables["params"], variables["batch_stats"], images, labels, mask
-        )
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state, variables["params"])
+        updates, state = self.optimizer(shared).update(gradient, state, variables["params"])
         params = optax.apply_updates(variables["params"], updates)
-        return ({"params": params, "batch_stats": statistics}, optimizer_state), sums
+        return ({"params": params, "batch_stats": statistics}, state), sums
 
-    start = (variables, optimizer.init(variables["params"]))
-    (variables, _), sums = jax.lax.scan(step, start, first_step + jnp.arange(steps))
-    totals = jax.tree.map(jnp.sum, sums)
-    return variables, {
-        "loss": totals["loss"] / totals["count"],
-        "accuracy": totals["correct"] / totals["count"],
-    }
-
-
-def _loss(
-    federation: Federation,
-    params: PyTree,
-    statistics: PyTree,
-    images: Array,
-    labels: Array,
-    mask: Array,
-) -> tuple[Array, tuple[PyTree, dict[str, Array]]]:
-    outputs, updated = federation.model.apply(
-        {"params": params, "batch_stats": statistics},
-        images,
-        train=True,
-        mask=mask,
-        mutable=["batch_stats"],
-    )
-    losses = optax.softmax_cross_entropy_with_integer_labels(outputs.logits, labels) * mask
-    correct = (outputs.logits.argmax(-1) == labels) * mask
-    sums = {"loss": losses.sum(), "correct": correct.sum(), "count": mask.sum()}
-    return losses.sum() / mask.sum(), (updated["batch_stats"], sums)
+    def loss(
+        self, params: PyTree, statistics: PyTree, images: Array, labels: Array, mask: Array
+    ) -> tuple[Array, tuple[PyTree, dict[str, Array]]]:
+        """Mean cross-entropy of the unmasked images; new statistics and sums over the batch."""
+        outputs, updated = self.federation.model.apply(
+            {"params": params, "batch_stats": statistics},
+            images,
+            train=self.batch_norm == "train",
+            mask=mask,
+            mutable=["batch_stats"],
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs.logits, labels) * mask
+        correct = (outputs.logits.argmax(-1) == labels) * mask
+        sums = {"loss": losses.sum(), "correct": correct.sum(), "count": mask.sum()}
+        statistics = updated.get("batch_stats", statistics)
+        return losses.sum() / mask.sum(), (statistics, sums)
 
 
-def round_function(federation: Federation, steps: int, keep: bool = False) -> Round:
+def round_function(
+    federation: Federation, steps: int, *, keep: bool = False, batch_norm: str = "train"
+) -> Round:
     """Compile one round; the same function serves every round and learning rate.
 
     Args:
       federation: model, clients and layout.
       steps: SGD steps of each client.
       keep: whether the clients' models outlive the round, rather than their sums only.
+      batch_norm: of `ClientUpdate`.
 
     Returns:
-      `round(variables, data, clients, weights, learning_rate, key, first_step)`, which takes
-      `variables` over (they are donated) and gives a dict: "global", the first weighted sum of the
-      clients' models, "others", the sums of the other columns of weights [clients, sums],
-      "metrics" [clients] and, if kept, "clients".
+      `round(variables, shared, clients, weights)`, which takes `variables` over (they are donated);
+      `shared` is all else that `ClientUpdate` is given. It gives a dict: "global", the first
+      weighted sum of the clients' models, "others", the sums of the other columns of weights
+      [clients, sums], "metrics" [clients] and, if kept, "clients".
     """
+    update = ClientUpdate(federation, steps, batch_norm)
 
     def one_client(shared: PyTree, client: PyTree) -> tuple[Variables, PyTree]:
-        variables, metrics = local_update(
-            federation,
-            shared["variables"],
-            shared["data"],
-            client,
-            shared["learning_rate"],
-            shared["key"],
-            shared["first_step"],
-            steps,
-        )
+        variables, metrics = update(shared, client)
         return variables, {"metrics": metrics} | ({"clients": variables} if keep else {})
 
     reduce = federation.reduce(one_client)
 
     def one_round(
-        variables: Variables,
-        data: PyTree,
-        clients: PyTree,
-        weights: Array,
-        learning_rate: Array,
-        key: Array,
-        first_step: Array,
-    ) -> PyTree:
-        shared = {
-            "variables": variables,
-            "data": data,
-            "learning_rate": learning_rate,
-            "key": key,
-            "first_step": first_step,
-        }
-        sums, kept = reduce(shared, clients, weights)
+        variables: Variables, shared: PyTree, clients: PyTree, weights: Array
+    ) -> dict[str, PyTree]:
+        sums, kept = reduce(shared | {"variables": variables}, clients, weights)
         return kept | {
             "global": jax.tree.map(lambda leaf: leaf[0], sums),
             "others": jax.tree.map(lambda leaf: leaf[1:], sums),
@@ -185,18 +169,16 @@ def rounds(
     size = num_bytes(jax.eval_shape(federation.initial_variables))
     weights = size_weights(federation)
     schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
-    first_key = federation.key(name)
+    key = federation.key(name)
 
     def block(state: State, variables: Variables, index: int) -> tuple[Variables, PyTree]:
-        result = run_round(
-            variables,
-            federation.data,
-            federation.clients,
-            weights,
-            jnp.float32(schedule(index)),
-            first_key,
-            jnp.int32(index * steps),
-        )
+        shared = {
+            "data": federation.data,
+            "learning_rate": jnp.float32(schedule(index)),
+            "key": key,
+            "first_step": jnp.int32(index * steps),
+        }
+        result = run_round(variables, shared, federation.clients, weights)
         return result["global"], result["metrics"]
 
     def finish(state: State, variables: Variables) -> State:

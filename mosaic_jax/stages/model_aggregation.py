@@ -45,14 +45,17 @@ def form_experts(federation: Federation) -> Stage:
     run_round = round_function(federation, config.model_aggregation.steps, keep=True)
     rows, _ = expert_weights(federation.counts)
     weights = jnp.concatenate([size_weights(federation), jnp.asarray(rows).T], axis=1)
-    rate = jnp.float32(config.model_aggregation.learning_rate)
-    key = federation.key("model_aggregation")
+    shared = {
+        "data": federation.data,
+        "learning_rate": jnp.float32(config.model_aggregation.learning_rate),
+        "key": federation.key("model_aggregation"),
+        "first_step": jnp.int32(0),
+    }
     evaluate = evaluator(federation)
     size = num_bytes(jax.eval_shape(federation.initial_variables))
 
     def run(variables: Variables) -> tuple[PyTree, PyTree]:
-        data, clients = federation.data, federation.clients
-        result = run_round(variables, data, clients, weights, rate, key, jnp.int32(0))
+        result = run_round(variables, shared, federation.clients, weights)
         models = {"global": result["global"], "experts": result["others"]}
         return models | {"clients": result["clients"]}, result["metrics"]
 
