@@ -8,7 +8,7 @@ The full form is the paper's CIFAR-10 schedule and meant for an accelerator.
 
 from ml_collections import ConfigDict
 
-from mosaic_jax import config
+from mosaic_jax import settings
 
 SETTINGS = {"data.name": "synthetic", "data.image_size": 32}
 SMALL = {
@@ -32,5 +32,5 @@ SMALL = {
 
 
 def get_config(options: str = "") -> ConfigDict:
-    """Settings; see `mosaic_jax.config.make` for the options."""
-    return config.make(options, SETTINGS, SMALL)
+    """Settings; see `mosaic_jax.settings.make` for the options."""
+    return settings.make(options, SETTINGS, SMALL)

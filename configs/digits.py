@@ -10,7 +10,7 @@ Options: `:mild`, `:moderate` (default), `:severe`, `:small`; they combine, as i
 
 from ml_collections import ConfigDict
 
-from mosaic_jax import config
+from mosaic_jax import settings
 
 SETTINGS = {
     "data.name": "digits",
@@ -45,5 +45,5 @@ SMALL = {
 
 
 def get_config(options: str = "") -> ConfigDict:
-    """Settings; see `mosaic_jax.config.make` for the options."""
-    return config.make(options, SETTINGS, SMALL)
+    """Settings; see `mosaic_jax.settings.make` for the options."""
+    return settings.make(options, SETTINGS, SMALL)

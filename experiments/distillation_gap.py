@@ -19,8 +19,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs.fashion_mnist import get_config
-from mosaic_jax import config as configuration
 from mosaic_jax import experiment, main
+from mosaic_jax import settings as reader
+from mosaic_jax.config import Config
 from mosaic_jax.metrics import MetricsFile, mean_and_spread
 from mosaic_jax.report import result_rows
 
@@ -48,7 +49,7 @@ COLUMNS = (
 )
 
 
-def settings(level: str, seed: int, branch: str, overrides: list[str]) -> configuration.Config:
+def settings(level: str, seed: int, branch: str, overrides: list[str]) -> Config:
     """The config of one run."""
     config: ConfigDict = get_config(level)
     config.seed = seed
@@ -56,7 +57,7 @@ def settings(level: str, seed: int, branch: str, overrides: list[str]) -> config
     for override in overrides:
         name, _, value = override.partition("=")
         config.update_from_flattened_dict({name: json.loads(value)})
-    return configuration.from_config_dict(config.to_dict())
+    return reader.from_config_dict(config.to_dict())
 
 
 def adopt(source: Path, workdir: Path) -> None:

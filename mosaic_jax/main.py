@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mosaic_jax import config as configuration
-from mosaic_jax import experiment, parallel, report
+from mosaic_jax import experiment, parallel, report, settings
+from mosaic_jax.config import Config
 from mosaic_jax.data import sources
 from mosaic_jax.stages import federation as federations
 from mosaic_jax.stages.federation import Federation, Stage
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def prepare(config: configuration.Config) -> Federation:
+def prepare(config: Config) -> Federation:
     """Load the data and lay the federation over the devices.
 
     Raises:
@@ -79,7 +79,7 @@ def prepare(config: configuration.Config) -> Federation:
     return federations.build(config, dataset, parallel.make_mesh(config.parallel.devices))
 
 
-def _settings(argv: list[str]) -> configuration.Config:
+def _settings(argv: list[str]) -> Config:
     """Flags -> checked settings; every way they can be wrong ends in a `UserError`."""
     _check_names(argv)
     try:
@@ -94,7 +94,7 @@ def _settings(argv: list[str]) -> configuration.Config:
         raise UserError(
             f"unexpected argument {rest[1]!r}; settings are given as --config.name=value"
         )
-    return configuration.from_config_dict(CONFIG.value.to_dict())
+    return settings.from_config_dict(CONFIG.value.to_dict())
 
 
 def _check_names(argv: list[str]) -> None:
@@ -104,10 +104,10 @@ def _check_names(argv: list[str]) -> None:
         file = value.partition(":")[0]
         if flag == "config" and file and not Path(file).is_file():
             known = sorted(str(path) for path in Path("configs").glob("*.py"))
-            raise UserError(configuration.unknown("config", file, known))
+            raise UserError(settings.unknown("config", file, known))
         name = flag.removeprefix("config.")
-        if name != flag and name not in configuration.names():
-            raise UserError(configuration.unknown("setting", name, configuration.names()))
+        if name != flag and name not in settings.names():
+            raise UserError(settings.unknown("setting", name, settings.names()))
 
 
 def set_up_jax(clients: int) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from mosaic_jax import config, parallel
+from mosaic_jax import parallel
+from mosaic_jax import settings as reader
 from mosaic_jax.data import sources
 from mosaic_jax.stages import federation as federations
 
@@ -71,7 +72,7 @@ def pytest_unconfigure(config):
 
 def tiny_federation(**overrides):
     """A federation of 3 clients and 200 images; overrides as `{"section.setting": value}`."""
-    settings = config.from_config_dict(config.make("", TINY | overrides, {}).to_dict())
+    settings = reader.from_config_dict(reader.make("", TINY | overrides, {}).to_dict())
     dataset = sources.load(
         settings.data.name,
         image_size=settings.data.image_size,

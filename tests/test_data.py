@@ -119,7 +119,7 @@ def test_subset_is_seeded_and_in_archive_order() -> None:
     ("name", "options", "message"),
     [
         ("fashion-mnist", {}, "did you mean 'fashion_mnist'"),
-        ("nothing like it", {}, "known sets: digits, fashion_mnist, synthetic"),
+        ("nothing like it", {}, "known: digits, fashion_mnist, synthetic"),
         ("digits", {"image_size": 28}, "no image size 28; it offers 16, 32"),
         ("synthetic", {"image_size": 2}, "no image size 2"),
         ("digits", {"train_images": 1438}, "has 1437 train images"),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_jax import config
+from mosaic_jax import settings as reader
+from mosaic_jax.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,7 +54,7 @@ def check(words: list[str]) -> None:
             return
         assert importlib.util.find_spec(module), module
         if module == "mosaic_jax.main" and "--help" not in words:
-            config.from_config_dict(config_file(words))
+            reader.from_config_dict(config_file(words))
     elif program == "pip":
         extras = re.findall(r"\[(\w+)\]", " ".join(words))
         declared = (ROOT / "pyproject.toml").read_text()
@@ -71,7 +72,7 @@ def test_every_command_could_run(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_path_and_setting_exists(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
-    settings = {name for name, _ in config._flatten(config.Config(), "")}
+    settings = {name for name, _ in reader._flatten(Config(), "")}
     sections = {name.split(".")[0] for name in settings if "." in name}
     for code in re.findall(r"`([^`\n]+)`", text):
         for path in re.findall(r"[\w/]+\.(?:py|md|toml)\b", code):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from mosaic_jax import config, methods, parallel
+from mosaic_jax import methods, parallel
+from mosaic_jax import settings as reader
 from mosaic_jax.data.clients import pack, to_float
 from mosaic_jax.data.partition import class_counts
 from mosaic_jax.models.layers import BatchNorm
@@ -574,7 +575,7 @@ def toy_federation(**overrides):
         "meta_model.feedforward": 16,
         "meta_model.dropout": 0.0,
     }
-    chosen = config.from_config_dict(config.make("", settings | overrides, {}).to_dict())
+    chosen = reader.from_config_dict(reader.make("", settings | overrides, {}).to_dict())
     return federations.build(chosen, dataset, parallel.make_mesh(1))
 
 

@@ -5,12 +5,12 @@ Pure NumPy, on the host, once per run. The kinds are those of the Mosaic referen
 Also what is derived from a division: class counts, validation splits, local test sets.
 """
 
-import difflib
 from collections.abc import Sequence
 
 import numpy as np
 
 from mosaic_jax import rng
+from mosaic_jax.settings import unknown
 from mosaic_jax.types import UserError
 
 KINDS = ("dirichlet", "dirichlet_balanced", "iid")
@@ -48,9 +48,7 @@ def partition(
       UserError: what was asked for cannot be had.
     """
     if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown partition {kind!r}; {hint}known kinds: {', '.join(KINDS)}")
+        raise UserError(unknown("partition", kind, list(KINDS)))
     if not 1 <= clients <= len(labels):
         raise UserError(f"{len(labels)} images cannot be divided among {clients} clients")
     if kind == "iid":

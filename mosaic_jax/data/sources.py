@@ -5,7 +5,6 @@ missing is answered with the places looked at and the command that gets it. The 
 is that of the archive, because the partition's golden tables depend on it.
 """
 
-import difflib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from sklearn.datasets import load_digits
 
 from mosaic_jax import rng
 from mosaic_jax.data import idx
+from mosaic_jax.settings import unknown
 from mosaic_jax.types import Dataset, UserError
 
 DATA_VARIABLE = "MOSAIC_DATA"
@@ -81,7 +81,9 @@ def load(
     >>> load("digits").train_images.shape
     (1437, 16, 16, 1)
     """
-    source = _source(name)
+    if name not in SOURCES:
+        raise UserError(unknown("data set", name, names()))
+    source = SOURCES[name]
     size = source.default_size if image_size is None else image_size
     if size not in source.sizes:
         offered = (
@@ -96,14 +98,6 @@ def load(
     folder = None if directory is None else Path(directory)
     dataset = source.read(Request(name, folder, size, train_images, test_images, seed))
     return _limited(dataset, train_images, test_images, seed)
-
-
-def _source(name: str) -> Source:
-    if name in SOURCES:
-        return SOURCES[name]
-    near = difflib.get_close_matches(name, SOURCES, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown data set {name!r}; {hint}known sets: {', '.join(names())}")
 
 
 def _limited(dataset: Dataset, train: int | None, test: int | None, seed: int) -> Dataset:

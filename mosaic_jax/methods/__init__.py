@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from mosaic_jax.config import unknown
 from mosaic_jax.methods import fedavg, mosaic
+from mosaic_jax.settings import unknown
 from mosaic_jax.stages.federation import Federation, Stage
 from mosaic_jax.types import UserError
 

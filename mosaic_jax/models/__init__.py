@@ -1,6 +1,5 @@
 """Classifiers by name, the generator and its adversaries, and the meta model."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -11,6 +10,7 @@ from mosaic_jax.models.generator import Discriminator, Generator, RealFakeHead
 from mosaic_jax.models.layers import head_logits
 from mosaic_jax.models.meta import MetaModel
 from mosaic_jax.models.resnet import ResNet
+from mosaic_jax.settings import unknown
 from mosaic_jax.types import UserError
 
 __all__ = [
@@ -48,8 +48,6 @@ def build_classifier(
       UserError: for a name that is not in `CLASSIFIERS`; it says which one is nearest.
     """
     if name not in CLASSIFIERS:
-        near = difflib.get_close_matches(name, CLASSIFIERS, n=1, cutoff=0.0)[0]
-        known = ", ".join(CLASSIFIERS)
-        raise UserError(f"unknown model {name!r}: did you mean {near!r}? (known: {known})")
+        raise UserError(unknown("model", name, list(CLASSIFIERS)))
     build = CLASSIFIERS[name]
     return build(num_classes=num_classes, width=width, mean=tuple(mean), std=tuple(std), form=form)

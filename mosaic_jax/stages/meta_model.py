@@ -112,76 +112,85 @@ def generated_examples(
     return answers.reshape(-1, *answers.shape[2:]), labels.reshape(-1), valid.reshape(-1)
 
 
-def train(federation: Federation) -> Stage:
-    """Train the meta model on shuffled epochs of all prototypes, as one compiled call."""
-    settings, model = federation.config.meta_model, build(federation)
-    optimizer = optax.scale_by_adam()
-    average = optax.ema(settings.ema, debias=True)
-    _, assignment = expert_weights(federation.counts)
-    key = federation.key("meta_model")
+class MetaTraining:
+    """Steps on shuffled epochs of all examples; the average of the weights is what counts."""
 
-    def loss(params: PyTree, logits: Array, labels: Array, mask: Array, key: Array) -> Array:
-        outputs: Any = model.apply({"params": params}, logits, train=True, rngs={"dropout": key})
+    def __init__(self, federation: Federation):
+        self.federation, self.settings = federation, federation.config.meta_model
+        self.model = build(federation)
+        self.optimizer = optax.scale_by_adam()
+        self.average = optax.ema(self.settings.ema, debias=True)
+        self.assignment = expert_weights(federation.counts)[1]
+        self.key = federation.key("meta_model")
+
+    def start(self) -> PyTree:
+        """Random weights, and the state of Adam and of the average."""
+        tokens = jnp.zeros((1, self.model.experts, self.model.num_classes))
+        params = self.model.init(rng.fold(self.key, 0), tokens)["params"]
+        return {
+            "params": params,
+            "optimizer": self.optimizer.init(params),
+            "average": self.average.init(params),
+            "mean": params,
+        }
+
+    def run(self, state: State, rate: Array) -> tuple[PyTree, Array]:
+        """All steps at learning rate `rate`: the averaged weights and the losses [steps]."""
+        key = self.federation.key("generated_examples")
+        examples = training_set(self.federation, state, key)
+        carry, losses = jax.lax.scan(
+            lambda carry, number: self.step(carry, number, examples, rate),
+            self.start(),
+            jnp.arange(self.settings.steps),
+        )
+        return carry["mean"], losses
+
+    def step(
+        self, carry: PyTree, number: Array, examples: PyTree, rate: Array
+    ) -> tuple[PyTree, Array]:
+        """One step of Adam on cross-entropy."""
+        positions, mask = epoch_batch(examples, number, self.key, self.settings.batch_size)
+        logits = examples["logits"][positions][:, self.assignment]
+        labels, dropout = examples["labels"][positions], rng.fold(self.key, number, 1)
+        loss, gradient = jax.value_and_grad(self.loss)(
+            carry["params"], logits, labels, mask, dropout
+        )
+        updates, optimizer = self.optimizer.update(gradient, carry["optimizer"])
+        updates = jax.tree.map(lambda update: -rate * update, updates)
+        params = optax.apply_updates(carry["params"], updates)
+        mean, average = self.average.update(params, carry["average"])
+        return {"params": params, "optimizer": optimizer, "average": average, "mean": mean}, loss
+
+    def loss(
+        self, params: PyTree, logits: Array, labels: Array, mask: Array, dropout: Array
+    ) -> Array:
+        """Mean cross-entropy of the unmasked examples; `dropout` is a key."""
+        rngs = {"dropout": dropout}
+        outputs: Any = self.model.apply({"params": params}, logits, train=True, rngs=rngs)
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
         return (losses * mask).sum() / mask.sum()
 
-    def step(carry: PyTree, number: Array, examples: PyTree, rate: Array) -> tuple[PyTree, Array]:
-        positions, mask = epoch_batch(examples, number, key, settings.batch_size)
-        logits = examples["logits"][positions][:, assignment]
-        value, gradient = jax.value_and_grad(loss)(
-            carry["params"], logits, examples["labels"][positions], mask, rng.fold(key, number, 1)
-        )
-        updates, adam = optimizer.update(gradient, carry["optimizer"])
-        updates = jax.tree.map(lambda update: -rate * update, updates)
-        params = optax.apply_updates(carry["params"], updates)
-        mean, ema = average.update(params, carry["ema"])
-        return {"params": params, "optimizer": adam, "ema": ema, "mean": mean}, value
 
-    def first() -> PyTree:
-        return _initial(model, optimizer, average, rng.fold(key, 0))
-
-    @federation.jit
-    def train_all(state: State, rate: Array) -> tuple[PyTree, Array]:
-        examples = training_set(federation, state, federation.key("generated_examples"))
-        numbers = jnp.arange(settings.steps)
-        carry, losses = jax.lax.scan(lambda c, n: step(c, n, examples, rate), first(), numbers)
-        return carry["mean"], losses
+def train(federation: Federation) -> Stage:
+    """The meta model's whole training as one compiled call."""
+    settings, training = federation.config.meta_model, MetaTraining(federation)
+    run = federation.jit(training.run)
+    needed = ["experts", "prototypes", *(["clients", "generators"] if settings.generated else [])]
 
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
-        needed = [
-            "experts",
-            "prototypes",
-            *(["clients", "generators"] if settings.generated else []),
-        ]
         inputs = {name: state[name] for name in needed}
-        mean, losses = train_all(inputs, jnp.float32(settings.learning_rate))
+        mean, losses = run(inputs, jnp.float32(settings.learning_rate))
         return {"params": mean}, {"loss": losses[-10:].mean()}
 
     return Stage(
         name="meta_model",
         blocks=1,
-        start=lambda state: {"params": federation.empty(first)["params"]},
+        start=lambda state: {"params": federation.empty(training.start)["params"]},
         block=block,
         finish=lambda state, carry: state | {"meta": carry},
         evaluate=_evaluate(federation),
         client_steps=settings.steps,
     )
-
-
-def _initial(
-    model: MetaModel,
-    optimizer: optax.GradientTransformation,
-    average: optax.GradientTransformation,
-    key: Array,
-) -> PyTree:
-    tokens = jnp.zeros((1, model.experts, model.num_classes))
-    params = model.init(key, tokens)["params"]
-    return {
-        "params": params,
-        "optimizer": optimizer.init(params),
-        "ema": average.init(params),
-        "mean": params,
-    }
 
 
 def _evaluate(federation: Federation) -> Callable[[State], dict[str, float]]:

@@ -1,0 +1,198 @@
+"""From what a user writes to a checked `Config`.
+
+Config files build an `ml_collections.ConfigDict` from the defaults with `make` and change a few
+lines; `from_config_dict` turns it back and refuses wrong names, types, values and combinations with
+one line that says what was meant.
+"""
+
+import dataclasses
+import difflib
+import types as builtin_types
+from collections.abc import Mapping
+from typing import Any, get_args, get_type_hints
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from mosaic_jax.config import Config, needs_generators
+from mosaic_jax.types import UserError
+
+HETEROGENEITY = {"mild": 1.0, "moderate": 0.1, "severe": 0.01}
+"""Named levels of label heterogeneity: the Dirichlet concentration alpha."""
+
+CHOICES = {
+    "partition.kind": ("dirichlet", "dirichlet_balanced", "iid"),
+    "model.conv": ("auto", "native", "gradients", "patches"),
+    "generator_optimization.adversary": ("dcgan", "local"),
+    "prototypes.features": ("experts", "global"),
+    "knowledge_distillation.images": ("generated", "real"),
+    "knowledge_distillation.batch_norm": ("frozen", "train"),
+    "fine_tuning.batch_norm": ("frozen", "train"),
+}
+"""Settings that take one of a few words. (Data sets, models and methods are registries.)"""
+
+MAY_BE_ZERO = {
+    "seed",
+    "partition.seed",
+    "local_update.rounds",
+    "generator_optimization.steps",
+    "meta_model.generated",
+    "knowledge_distillation.steps",
+    "fine_tuning.rounds",
+    "generator_optimization.inversion_threshold",
+    "generator_optimization.shift",
+    "data.crop_padding",
+    "parallel.lanes",
+    "parallel.devices",
+}
+"""Whole numbers that may be 0; all others are at least 1."""
+
+FRACTIONS = {  # in [0, 1)
+    "data.validation_fraction",
+    "local_update.momentum",
+    "generator_optimization.beta1",
+    "generator_optimization.beta2",
+    "generator_optimization.ema",
+    "meta_model.ema",
+    "meta_model.dropout",
+}
+POSITIVE = {"partition.alpha", "knowledge_distillation.temperature"}
+
+
+def make(options: str, changes: Mapping[str, Any], small: Mapping[str, Any]) -> ConfigDict:
+    """A config file's settings: the defaults with `changes`, and what its `:options` ask for.
+
+    Args:
+      options: comma-separated words behind the file's name: a level of `HETEROGENEITY`, and
+        `small` for a form that ends in about a minute on a CPU. May be empty.
+      changes: dotted setting -> value.
+      small: the same, on top, for the `small` form.
+
+    Raises:
+      UserError: on an unknown word, naming the nearest.
+    """
+    config = ConfigDict(_with_placeholders(Config()))
+    config.update_from_flattened_dict(dict(changes))
+    for option in filter(None, options.split(",")):
+        if option == "small":
+            config.update_from_flattened_dict(dict(small))
+        elif option in HETEROGENEITY:
+            config.partition.alpha = HETEROGENEITY[option]
+        else:
+            raise UserError(unknown("option", option, ["small", *HETEROGENEITY]))
+    return config
+
+
+def _with_placeholders(node: Any) -> dict[str, Any]:
+    """Defaults as nested dicts; what is None says its type, so that it can be overridden."""
+    hints = get_type_hints(type(node))
+
+    def entry(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return _with_placeholders(value)
+        return placeholder(get_args(hints[name])[0]) if value is None else value
+
+    return {name: entry(name, getattr(node, name)) for name in hints}
+
+
+def names() -> list[str]:
+    """All settings, dotted."""
+    return [name for name, _ in _flatten(Config(), "")]
+
+
+def unknown(what: str, name: str, known: list[str], prefix: str = "") -> str:
+    """The one line that answers a mistyped name: the nearest right one, else all of them."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix + nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
+    return f"unknown {what} {prefix + name!r}; {hint}"
+
+
+def from_config_dict(settings: Mapping[str, Any]) -> Config:
+    """Settings as checked frozen dataclasses.
+
+    Raises:
+      UserError: unknown name, wrong type, value out of range, or settings that contradict.
+    """
+    config = _build(Config, settings, "")
+    for path, value in _flatten(config, ""):
+        _check_value(path, value)
+    _check_together(config)
+    return config
+
+
+def _build(cls: Any, settings: Mapping[str, Any], prefix: str) -> Any:
+    if not isinstance(settings, Mapping):
+        raise UserError(f"setting {prefix[:-1]!r} takes settings of its own, not {settings!r}")
+    hints = get_type_hints(cls)
+    for name in settings:
+        if name not in hints:
+            raise UserError(unknown("setting", name, list(hints), prefix))
+    values = {
+        name: _build(hints[name], value, f"{prefix}{name}.")
+        if dataclasses.is_dataclass(hints[name])
+        else _typed(prefix + name, value, hints[name])
+        for name, value in settings.items()
+    }
+    return cls(**values)
+
+
+def _typed(path: str, value: Any, hint: Any) -> Any:
+    allowed = get_args(hint) if isinstance(hint, builtin_types.UnionType) else (hint,)
+    if type(value) in allowed:
+        return value
+    if type(value) is int and float in allowed:
+        return float(value)
+    names = " or ".join("nothing" if t is builtin_types.NoneType else t.__name__ for t in allowed)
+    raise UserError(f"setting {path!r} takes {names}, not {value!r}")
+
+
+def _flatten(node: Any, prefix: str) -> list[tuple[str, Any]]:
+    if not dataclasses.is_dataclass(node):
+        return [(prefix.rstrip("."), node)]
+    return [
+        pair
+        for entry in dataclasses.fields(node)
+        for pair in _flatten(getattr(node, entry.name), f"{prefix}{entry.name}.")
+    ]
+
+
+def _check_value(path: str, value: Any) -> None:
+    if path in CHOICES and value not in CHOICES[path]:
+        raise UserError(unknown(path, value, list(CHOICES[path])))
+    if type(value) is int and value < (0 if path in MAY_BE_ZERO else 1):
+        raise UserError(f"{path} = {value}: must be at least {0 if path in MAY_BE_ZERO else 1}")
+    if type(value) is float:
+        if path in FRACTIONS and not 0 <= value < 1:
+            raise UserError(f"{path} = {value}: must lie in [0, 1)")
+        if path in POSITIVE and not value > 0:
+            raise UserError(f"{path} = {value}: must be greater than 0")
+        if not (0 <= value < float("inf")):
+            raise UserError(f"{path} = {value}: must be a finite number, at least 0")
+
+
+def _check_together(config: Config) -> None:
+    local = config.local_update
+    if local.final_learning_rate is not None and not local.learning_rate:
+        raise UserError(
+            "local_update.final_learning_rate needs a local_update.learning_rate greater than 0"
+        )
+    generator, distillation = config.generator_optimization, config.knowledge_distillation
+    for name, stage in (
+        ("generator_optimization", generator),
+        ("knowledge_distillation", distillation),
+    ):
+        if stage.steps % stage.block_steps:
+            raise UserError(
+                f"{name}.steps = {stage.steps} is not a multiple of "
+                f"{name}.block_steps = {stage.block_steps}"
+            )
+    if config.method == "mosaic" and needs_generators(config) and not generator.steps:
+        raise UserError(
+            "generated images are asked for (knowledge_distillation.images, meta_model.generated), "
+            "but generator_optimization.steps is 0"
+        )
+    if not (distillation.kl_weight or distillation.ce_weight or distillation.js_weight):
+        raise UserError(
+            "knowledge_distillation: at least one of kl_weight, ce_weight and "
+            "js_weight must be greater than 0"
+        )
