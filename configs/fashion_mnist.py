@@ -32,7 +32,8 @@ SETTINGS = {
     "knowledge_distillation.images_per_generator": 13,
     "knowledge_distillation.learning_rate": 2e-4,
     "fine_tuning.rounds": 3,
-    "fine_tuning.learning_rate": 1e-3,
+    "fine_tuning.learning_rate": 5e-4,
+    "fine_tuning.batch_norm": "frozen",
 }
 SMALL = {
     "data.train_images": 1000,
