@@ -654,6 +654,32 @@ def test_logits_of_prototypes_are_those_of_the_experts_heads(federation, states)
         np.testing.assert_allclose(examples["logits"][number, e], expected, atol=1e-4)
 
 
+def test_generated_examples_have_the_labels_of_their_own_clients_models(make_federation, states):
+    federation = unequal(make_federation, **SETTINGS, **{"meta_model.generated": 6})
+    state = {name: states["prototypes"][name] for name in ("experts", "prototypes", "clients")}
+    state["generators"] = states["prototypes"]["generators"]
+    # Models that are surer than so few steps have made them, so that some images count.
+    state["clients"] = jax.tree.map(jnp.copy, state["clients"])
+    state["clients"]["params"]["head"]["kernel"] *= 5
+    images = jax.jit(generator_ensemble.sampler(federation, 6))(state["generators"], KEY)
+    answer = jax.jit(lambda variables, images: federation.outputs(variables, images).logits)
+    make = jax.jit(lambda state: meta_model.generated_examples(federation, state, KEY))
+    logits, labels, valid = make(state)
+    probability = np.concatenate(
+        [jax.nn.softmax(answer(member(state["clients"], i), images[i])) for i in range(3)]
+    )
+    assert_same(labels, probability.argmax(-1))
+    assert_same(valid, probability.max(-1) > 0.5)
+    assert valid.sum() > 0
+    for e in range(6):
+        expected = answer(member(state["experts"], e), images[1])
+        np.testing.assert_allclose(logits[6:12, e], expected, atol=1e-4)
+    examples = jax.jit(lambda state: meta_model.training_set(federation, state, KEY))(state)
+    assert examples["size"] == valid.sum() + state["prototypes"]["valid"].sum()
+    chosen = np.asarray(examples["index"])[: int(examples["size"])]
+    assert set(chosen[chosen >= 90] - 90) == set(np.flatnonzero(valid))
+
+
 @pytest.fixture(scope="module")
 def classify(federation):
     """Compiled `(variables, images [48, ...]) -> logits` of the classifier."""
