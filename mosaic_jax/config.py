@@ -119,6 +119,7 @@ class KnowledgeDistillation:
     block_steps: int = 50  # steps in one compiled call
     images_per_generator: int = 32  # on average; shared out by the clients' numbers of images
     images: str = "generated"  # generated | real (an oracle that no federation could run)
+    class_prior: bool = False  # teacher's answers times the class shares of the generator's client
     learning_rate: float = 1e-4  # Adam; falls to 0 along a cosine
     kl_weight: float = 0.8
     ce_weight: float = 0.2

@@ -1026,6 +1026,38 @@ def test_a_batch_is_shared_out_by_the_clients_images_and_forgets_none(sizes, bat
     np.testing.assert_array_equal(generator_ensemble.shares(np.array(sizes), batch), expected)
 
 
+def test_the_class_prior_is_the_clients_shares_and_rules_no_class_out():
+    counts = np.array([[3, 0, 0, 1], [0, 0, 0, 0], [40, 40, 40, 40]])
+    prior = np.exp(generator_ensemble.log_class_prior(counts))
+    np.testing.assert_allclose(prior.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(prior[0], np.array([3.25, 0.25, 0.25, 1.25]) / 5, rtol=1e-6)
+    np.testing.assert_allclose(prior[1:], 0.25, rtol=1e-6)
+
+
+def test_the_student_is_taught_with_the_prior_of_each_images_own_client(make_federation, states):
+    """Client 0 holds class 0 only: with the prior its images are never taught as another."""
+    plain, prior = (
+        unequal(make_federation, **SETTINGS, **{"knowledge_distillation.class_prior": chosen})
+        for chosen in (False, True)
+    )
+    assert not knowledge_distillation.class_prior(plain).any()
+    added = knowledge_distillation.class_prior(prior)
+    owners = generator_ensemble.mixed_clients(prior, 4)
+    assert_same(owners, np.repeat([0, 1, 2], [2, 5, 5]))
+    assert_same(added, generator_ensemble.log_class_prior(COUNTS)[owners])
+    real = {"knowledge_distillation.class_prior": True, "knowledge_distillation.images": "real"}
+    assert not knowledge_distillation.class_prior(
+        unequal(make_federation, **SETTINGS, **real)
+    ).any()
+    students = []
+    for federation in (plain, prior):
+        stage, state = knowledge_distillation.distil(federation), states["meta_model"]
+        carry, figures = stage.block(state, stage.start(state), 0)
+        students.append((carry["student"]["params"], figures["teacher_certainty"]))
+    assert differ(students[0][0], students[1][0])
+    assert students[1][1] > students[0][1]
+
+
 # --- the student -------------------------------------------------------------------------------
 
 

@@ -70,12 +70,36 @@ def mixed_sampler(
     The reference gives every generator the same share, so that one of 60 images, which has learnt
     little, is heard like one of 1,500.
     """
-    counts = shares(federation.counts.sum(axis=1), images_per_generator * federation.num_clients)
+    client = mixed_clients(federation, images_per_generator)
+    counts = np.bincount(client)
     draw = sampler(federation, int(counts.max()))
-    client = np.repeat(np.arange(len(counts)), counts)
     image = np.concatenate([np.arange(count) for count in counts])
 
     def mixed(generators: Variables, key: Array) -> Array:
         return draw(generators, key)[client, image]
 
     return mixed
+
+
+def mixed_clients(federation: Federation, images_per_generator: int) -> np.ndarray:
+    """Whose generator draws each image of `mixed_sampler`'s batch, int [batch]."""
+    sizes = federation.counts.sum(axis=1)
+    counts = shares(sizes, images_per_generator * len(sizes))
+    return np.repeat(np.arange(len(sizes)), counts)
+
+
+def log_class_prior(counts: np.ndarray) -> np.ndarray:
+    """Log of how likely an image of each client is of each class, before it is looked at.
+
+    The shares n_ic / n_i, which the server has for the experts, with one more image spread evenly
+    over the classes (Perks' prior), so that no class is impossible.
+
+    Args:
+      counts: images n_ic, int [clients, classes].
+
+    Returns:
+      float32 [clients, classes]; exp sums to 1 over the classes.
+    """
+    classes = counts.shape[1]
+    shares = (counts + 1 / classes) / (counts.sum(axis=1, keepdims=True) + 1)
+    return np.log(shares).astype(np.float32)

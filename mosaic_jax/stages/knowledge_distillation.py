@@ -20,7 +20,7 @@ from mosaic_jax.data.clients import crop_and_flip, to_float
 from mosaic_jax.parallel import AXIS
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State
-from mosaic_jax.stages.generator_ensemble import mixed_sampler
+from mosaic_jax.stages.generator_ensemble import log_class_prior, mixed_clients, mixed_sampler
 from mosaic_jax.stages.generator_losses import diversity_loss
 from mosaic_jax.stages.meta_model import teacher_logits
 from mosaic_jax.types import Array, PyTree, Variables
@@ -60,6 +60,7 @@ class Student:
         self.federation, self.settings = federation, federation.config.knowledge_distillation
         self.teacher = teacher_logits(federation)
         self.draw = image_source(federation)
+        self.prior = class_prior(federation)
         self.optimizer = optax.scale_by_adam()
         self.schedule = optax.cosine_decay_schedule(1.0, max(self.settings.steps, 1))
         self.over_devices = NamedSharding(federation.mesh, P(AXIS))
@@ -85,7 +86,7 @@ class Student:
         student = carry["student"]
         images = self.draw(inputs["source"], rng.fold(inputs["key"], number))
         images = jax.lax.with_sharding_constraint(images, self.over_devices)  # data-parallel
-        target = self.teacher(inputs["teacher"], images)
+        target = self.teacher(inputs["teacher"], images) + self.prior
         (value, (statistics, agreement)), gradient = jax.value_and_grad(self.loss, has_aux=True)(
             student["params"], student["batch_stats"], images, target, inputs["weights"]
         )
@@ -150,6 +151,18 @@ def distil(federation: Federation) -> Stage:
         evaluate=lambda state: evaluate(state["student"]),
         client_steps=settings.block_steps,
     )
+
+
+def class_prior(federation: Federation) -> np.ndarray:
+    """What is added to the teacher's logits: [batch, classes], or zeros [1, classes].
+
+    The teacher learnt on prototypes, evenly from all classes. By Bayes' rule its answer to an image
+    of one client's generator is that answer times the client's class shares. (Not in the paper.)
+    """
+    settings, counts = federation.config.knowledge_distillation, federation.counts
+    if not settings.class_prior or settings.images == "real":
+        return np.zeros((1, counts.shape[1]), np.float32)
+    return log_class_prior(counts)[mixed_clients(federation, settings.images_per_generator)]
 
 
 def image_source(federation: Federation) -> Callable[[PyTree, Array], Array]:
