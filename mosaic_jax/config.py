@@ -107,7 +107,6 @@ class MetaModel:
     ema: float = 0.99
     dropout: float = 0.2
     feedforward: int = 2048
-    generated: int = 0  # images of each generator that join the prototypes; see stages/meta_model
     expert_embedding: bool = True  # False: the reference's permutation-blind form
 
 
@@ -175,7 +174,6 @@ class Config:
 
 
 def needs_generators(config: Config) -> bool:
-    """Whether any stage draws generated images."""
+    """Whether the distillation draws generated images."""
     distillation = config.knowledge_distillation
-    distils = distillation.steps > 0 and distillation.images == "generated"
-    return distils or config.meta_model.generated > 0
+    return distillation.steps > 0 and distillation.images == "generated"

@@ -36,7 +36,6 @@ MAY_BE_ZERO = {
     "partition.seed",
     "local_update.rounds",
     "generator_optimization.steps",
-    "meta_model.generated",
     "knowledge_distillation.steps",
     "fine_tuning.rounds",
     "generator_optimization.inversion_threshold",
@@ -188,8 +187,7 @@ def _check_together(config: Config) -> None:
             )
     if config.method == "mosaic" and needs_generators(config) and not generator.steps:
         raise UserError(
-            "generated images are asked for (knowledge_distillation.images, meta_model.generated), "
-            "but generator_optimization.steps is 0"
+            "knowledge_distillation.images = 'generated', but generator_optimization.steps is 0"
         )
     if not (distillation.kl_weight or distillation.ce_weight or distillation.js_weight):
         raise UserError(

@@ -602,7 +602,7 @@ def train_meta(federation, state):
 
 def toy_accuracy(federation, right):
     meta = train_meta(federation, toy_state(right, 60, seed=0))
-    unseen = meta_model.training_set(federation, toy_state(right, 60, seed=1), jax.random.key(0))
+    unseen = meta_model.training_set(toy_state(right, 60, seed=1))
     _, assignment = model_aggregation.expert_weights(federation.counts)
     model = meta_model.build(federation)
     logits = model.apply(meta, unseen["logits"][:, assignment])
@@ -633,8 +633,8 @@ def test_the_teacher_is_the_average_of_the_meta_models_weights_without_its_start
     assert_close(after(2, 0.9), expected, 1e-4)
 
 
-def test_only_valid_prototypes_train_the_meta_model(federation, states):
-    examples = meta_model.training_set(federation, states["prototypes"], jax.random.key(0))
+def test_only_valid_prototypes_train_the_meta_model(states):
+    examples = meta_model.training_set(states["prototypes"])
     valid = np.asarray(states["prototypes"]["prototypes"]["valid"])
     chosen = np.asarray(examples["index"])[: int(examples["size"])]
     assert len(chosen) == valid.sum()
@@ -643,41 +643,15 @@ def test_only_valid_prototypes_train_the_meta_model(federation, states):
     assert_same(np.bincount(labels, minlength=10), valid.sum((0, 2)).astype(int))
 
 
-def test_logits_of_prototypes_are_those_of_the_experts_heads(federation, states):
+def test_logits_of_prototypes_are_those_of_the_experts_heads(states):
     state = states["prototypes"]
-    examples = meta_model.training_set(federation, state, jax.random.key(0))
+    examples = meta_model.training_set(state)
     features = np.asarray(state["prototypes"]["features"])  # [clients, experts, classes, k, d]
     head = jax.tree.map(np.asarray, state["experts"]["params"]["head"])
     number = np.ravel_multi_index((1, 8, 2), (3, 10, 3))
     for e in range(6):
         expected = features[1, e, 8, 2] @ head["kernel"][e] + head["bias"][e]
         np.testing.assert_allclose(examples["logits"][number, e], expected, atol=1e-4)
-
-
-def test_generated_examples_have_the_labels_of_their_own_clients_models(make_federation, states):
-    federation = unequal(make_federation, **SETTINGS, **{"meta_model.generated": 6})
-    state = {name: states["prototypes"][name] for name in ("experts", "prototypes", "clients")}
-    state["generators"] = states["prototypes"]["generators"]
-    # Models that are surer than so few steps have made them, so that some images count.
-    state["clients"] = jax.tree.map(jnp.copy, state["clients"])
-    state["clients"]["params"]["head"]["kernel"] *= 5
-    images = jax.jit(generator_ensemble.sampler(federation, 6))(state["generators"], KEY)
-    answer = jax.jit(lambda variables, images: federation.outputs(variables, images).logits)
-    make = jax.jit(lambda state: meta_model.generated_examples(federation, state, KEY))
-    logits, labels, valid = make(state)
-    probability = np.concatenate(
-        [jax.nn.softmax(answer(member(state["clients"], i), images[i])) for i in range(3)]
-    )
-    assert_same(labels, probability.argmax(-1))
-    assert_same(valid, probability.max(-1) > 0.5)
-    assert valid.sum() > 0
-    for e in range(6):
-        expected = answer(member(state["experts"], e), images[1])
-        np.testing.assert_allclose(logits[6:12, e], expected, atol=1e-4)
-    examples = jax.jit(lambda state: meta_model.training_set(federation, state, KEY))(state)
-    assert examples["size"] == valid.sum() + state["prototypes"]["valid"].sum()
-    chosen = np.asarray(examples["index"])[: int(examples["size"])]
-    assert set(chosen[chosen >= 90] - 90) == set(np.flatnonzero(valid))
 
 
 @pytest.fixture(scope="module")

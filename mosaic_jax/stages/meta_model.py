@@ -1,8 +1,7 @@
 """The meta model: a small transformer that fuses the experts' logits into the teacher's.
 
-Trained with cross-entropy on the prototypes, as the experts' heads see them, and, with
-`meta_model.generated`, on generated images labelled by their own clients' models; the teacher uses
-the exponential moving average of its weights, without the bias towards their random start.
+Trained with cross-entropy on the prototypes, as the experts' heads see them; the teacher uses the
+exponential moving average of its weights, without the bias towards their random start.
 """
 
 from collections.abc import Callable
@@ -17,12 +16,8 @@ from mosaic_jax.data.clients import epoch_batch
 from mosaic_jax.models import MetaModel, head_logits
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State
-from mosaic_jax.stages.generator_ensemble import sampler
 from mosaic_jax.stages.model_aggregation import expert_logits, expert_weights
 from mosaic_jax.types import Array, PyTree
-
-SURE = 0.5
-"""Probability a client's own model must give a generated image's class."""
 
 
 def build(federation: Federation) -> MetaModel:
@@ -61,55 +56,24 @@ def uniform_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
     return ensemble
 
 
-def training_set(federation: Federation, state: State, key: Array) -> PyTree:
-    """What the meta model learns from: prototypes and, if asked for, generated images.
+def training_set(state: State) -> PyTree:
+    """What the meta model learns from: the prototypes as the experts' heads see them.
 
     Returns:
       "logits" of the experts [examples, experts, classes], "labels" [examples], and, packed like a
       client's images, "index" with the valid examples first and their number "size".
     """
-    parts = [prototype_examples(state)]
-    if federation.config.meta_model.generated:
-        parts.append(generated_examples(federation, state, key))
-    logits, labels, valid = (jnp.concatenate(each) for each in zip(*parts, strict=True))
-    return {
-        "logits": logits,
-        "labels": labels,
-        "index": jnp.argsort(~valid, stable=True),
-        "size": valid.sum().astype(jnp.int32),
-    }
-
-
-def prototype_examples(state: State) -> tuple[Array, Array, Array]:
-    """Logits, labels and validity of the prototypes as the experts' heads see them."""
     features = jnp.moveaxis(state["prototypes"]["features"], 1, -2)  # [N, C, k, experts, d]
     heads = jax.vmap(head_logits, in_axes=(0, -2), out_axes=-2)
     logits = heads(state["experts"]["params"], features)
     labels = jnp.broadcast_to(jnp.arange(features.shape[1])[None, :, None], features.shape[:3])
     valid = state["prototypes"]["valid"].reshape(-1) > 0
-    return logits.reshape(-1, *logits.shape[3:]), labels.reshape(-1), valid
-
-
-def generated_examples(
-    federation: Federation, state: State, key: Array
-) -> tuple[Array, Array, Array]:
-    """Logits, labels and validity of generated images, each labelled by its own client's model.
-
-    Prototypes show the meta model how the experts answer to real images; the teacher is asked
-    about generated ones. The model of the client a generator came from knows what it draws; where
-    even that model is unsure, the image is left out. (Not in the paper.)
-    """
-    count = federation.config.meta_model.generated
-    images = sampler(federation, count)(state["generators"], key)
-    logits = expert_logits(federation)
-
-    def label(_: PyTree, client: PyTree) -> tuple[Array, Array]:
-        p = jax.nn.softmax(federation.outputs(client["model"], client["images"]).logits)
-        return p.argmax(axis=-1), p.max(axis=-1) > SURE
-
-    labels, valid = federation.map(label)((), {"model": state["clients"], "images": images})
-    answers = jax.lax.map(lambda images: logits(state["experts"], images), images)
-    return answers.reshape(-1, *answers.shape[2:]), labels.reshape(-1), valid.reshape(-1)
+    return {
+        "logits": logits.reshape(-1, *logits.shape[3:]),
+        "labels": labels.reshape(-1),
+        "index": jnp.argsort(~valid, stable=True),
+        "size": valid.sum().astype(jnp.int32),
+    }
 
 
 class MetaTraining:
@@ -136,8 +100,7 @@ class MetaTraining:
 
     def run(self, state: State, rate: Array) -> tuple[PyTree, Array]:
         """All steps at learning rate `rate`: the averaged weights and the losses [steps]."""
-        key = self.federation.key("generated_examples")
-        examples = training_set(self.federation, state, key)
+        examples = training_set(state)
         carry, losses = jax.lax.scan(
             lambda carry, number: self.step(carry, number, examples, rate),
             self.start(),
@@ -175,10 +138,9 @@ def train(federation: Federation) -> Stage:
     """The meta model's whole training as one compiled call."""
     settings, training = federation.config.meta_model, MetaTraining(federation)
     run = federation.jit(training.run)
-    needed = ["experts", "prototypes", *(["clients", "generators"] if settings.generated else [])]
 
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
-        inputs = {name: state[name] for name in needed}
+        inputs = {name: state[name] for name in ("experts", "prototypes")}
         mean, losses = run(inputs, jnp.float32(settings.learning_rate))
         return {"params": mean}, {"loss": losses[-10:].mean()}
 
