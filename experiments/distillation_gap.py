@@ -5,7 +5,8 @@
 For every level and seed, three runs of `configs/fashion_mnist.py` share all that comes before the
 distillation: `generated` (the method), `none` (no distillation) and `oracle` (real training images,
 which no federation could gather). All three end with the same fine-tuning. The table gives mean
-and sample standard deviation over seeds, and the share of the way from `none` to `oracle` that
+and sample standard deviation over seeds, also of the gain of each seed's student over the global
+model it starts from, and the share of the way from `none` to `oracle` that
 `generated` goes. Every run resumes; started again, the command only prints. Cells are independent:
 start it once for each, with one level and one seed, to run them side by side.
 """
@@ -95,10 +96,12 @@ def progress(stage: object, done: int, seconds: float, figures: dict) -> None:
 def table(cells: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: a row a level, mean and spread over its seeds."""
     names = [name for name, *_ in COLUMNS]
-    lines = ["| level | " + " | ".join([*names, "share of the way"]) + " |"]
-    lines.append("|---" * (len(names) + 2) + "|")
+    lines = ["| level | " + " | ".join([*names, "distilled − global", "share of the way"]) + " |"]
+    lines.append("|---" * (len(names) + 3) + "|")
     for level, rows in cells.items():
-        texts = ["{:.1f} ± {:.1f}".format(*mean_and_spread([r[n] for r in rows])) for n in names]
+        columns = [[row[name] for row in rows] for name in names]
+        columns.append([row["distilled, generated"] - row["global model"] for row in rows])
+        texts = ["{:.1f} ± {:.1f}".format(*mean_and_spread(column)) for column in columns]
         lines.append(f"| {level} | " + " | ".join([*texts, share(rows)]) + " |")
     return "\n".join(lines)
 

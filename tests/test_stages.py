@@ -306,8 +306,14 @@ def test_frozen_fine_tuning_trains_weights_and_leaves_the_statistics(make_federa
         tuned[name] = stage.finish(before, carry)["global"]
         assert np.isfinite(figures["loss"]).all()
         assert differ(tuned[name]["params"], before["student"]["params"])
-    assert_same(tuned["frozen"]["batch_stats"], before["student"]["batch_stats"])
-    assert differ(tuned["train"]["batch_stats"], before["student"]["batch_stats"])
+    # Equal but for the rounding of their weighted mean.
+    assert_close(tuned["frozen"]["batch_stats"], before["student"]["batch_stats"], 1e-6)
+    moved = jax.tree.map(
+        lambda a, b: jnp.abs(a - b).max(),
+        tuned["train"]["batch_stats"],
+        before["student"]["batch_stats"],
+    )
+    assert max(map(float, jax.tree.leaves(moved))) > 1e-3
     assert differ(tuned["train"]["params"], tuned["frozen"]["params"])
 
 
