@@ -39,7 +39,7 @@ class ClientGenerator:
         self.generator = build(federation)
         self.adversary = Adversary(federation)
         self.average = optax.ema(self.settings.ema, debias=False)
-        self.decay = optax.cosine_decay_schedule(1.0, max(self.settings.steps, 1))
+        self.decay = optax.cosine_decay_schedule(1.0, self.settings.steps)
 
     def optimizer(self, learning_rate: Array | float) -> optax.GradientTransformation:
         """Adam with the stage's betas."""
@@ -77,6 +77,16 @@ class ClientGenerator:
         statistics = carry["generator"]["batch_stats"]
         statistics = jax.lax.fori_loop(0, SETTLING, settle, statistics)
         return {"params": params, "batch_stats": statistics}
+
+    def block(self, shared: PyTree, pair: PyTree) -> tuple[PyTree, dict[str, Array]]:
+        """`block_steps` steps of a (client, carry) pair; mean health."""
+        client, carry = pair
+        numbers = shared["first_step"] + jnp.arange(self.settings.block_steps)
+        carry, health = jax.lax.scan(
+            lambda carry, number: self.step(shared, client, carry, number), carry, numbers
+        )
+        key = rng.fold(shared["key"], client["id"], numbers[-1], 6)
+        return carry | {"upload": self.upload(carry, key)}, jax.tree.map(jnp.mean, health)
 
     def step(
         self, shared: PyTree, client: PyTree, carry: PyTree, number: Array
@@ -149,7 +159,7 @@ class ClientGenerator:
     ) -> tuple[Array, Array]:
         """`_frozen_loss` and its gradient in every `frozen_every`-th step, so many times as large.
 
-        A step through f0 costs as much as the rest of a step together. (Karras et al. 2020, lazy
+        A step through f0 costs nearly as much as the rest of a step. (Karras et al. 2020, lazy
         regularisation.)
         """
         every, weights = self.settings.frozen_every, shared["loss_weights"]
@@ -184,10 +194,7 @@ class ClientGenerator:
 
 def train(federation: Federation) -> Stage:
     """All clients' generators, `block_steps` steps of each in one compiled call."""
-    settings, client_generator = (
-        federation.config.generator_optimization,
-        ClientGenerator(federation),
-    )
+    settings, client = federation.config.generator_optimization, ClientGenerator(federation)
     shared = {
         "data": federation.data,
         "key": federation.key("generator_optimization"),
@@ -196,20 +203,8 @@ def train(federation: Federation) -> Stage:
         "loss_weights": {name: jnp.float32(getattr(settings, name)) for name in LOSS_WEIGHTS},
     }
 
-    def block_of_one(shared: PyTree, pair: PyTree) -> tuple[PyTree, PyTree]:
-        client, carry = pair
-        numbers = shared["first_step"] + jnp.arange(settings.block_steps)
-        carry, health = jax.lax.scan(
-            lambda carry, number: client_generator.step(shared, client, carry, number),
-            carry,
-            numbers,
-        )
-        key = rng.fold(shared["key"], client["id"], numbers[-1], 6)
-        carry = carry | {"upload": client_generator.upload(carry, key)}
-        return carry, jax.tree.map(jnp.mean, health)
-
-    start_all = federation.jit(federation.map(client_generator.start))
-    block_all = federation.jit(_paired(federation.map(block_of_one)), donate_argnums=2)
+    start_all = federation.jit(federation.map(client.start))
+    block_all = federation.jit(_paired(federation.map(client.block)), donate_argnums=2)
 
     def clients(state: State) -> PyTree:
         return federation.clients | {"frozen": state["clients"]}
@@ -218,9 +213,8 @@ def train(federation: Federation) -> Stage:
         first = shared | {"first_step": jnp.int32(index * settings.block_steps)}
         return block_all(first, clients(state), carry)
 
-    upload = jax.eval_shape(
-        client_generator.generator.init, jax.random.key(0), jnp.zeros((1, settings.latent))
-    )
+    z = jnp.zeros((1, settings.latent))
+    upload = jax.eval_shape(client.generator.init, jax.random.key(0), z)
     return Stage(
         name="generator_optimization",
         blocks=settings.steps // settings.block_steps,

@@ -62,7 +62,7 @@ class Student:
         self.draw = image_source(federation)
         self.prior = class_prior(federation)
         self.optimizer = optax.scale_by_adam()
-        self.schedule = optax.cosine_decay_schedule(1.0, max(self.settings.steps, 1))
+        self.schedule = optax.cosine_decay_schedule(1.0, self.settings.steps)
         self.over_devices = NamedSharding(federation.mesh, P(AXIS))
 
     def start(self, student: Variables) -> PyTree:

@@ -1,6 +1,6 @@
 """Local update (paper, Figure 1a): clients train the received model on their own data.
 
-One client's training is `local_update`; a round maps it over all clients and averages the results
+One client's training is `ClientUpdate`; a round maps it over all clients and averages the results
 by number of images (FedAvg), batch-norm statistics included. Mosaic uses rounds before its experts
 form and, with a smaller learning rate, after the distillation.
 """
