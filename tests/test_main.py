@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import CACHE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,7 +18,8 @@ def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
         cwd=cwd,
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"},
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "COLUMNS": "120", "JAX_COMPILATION_CACHE_DIR": CACHE},
     )
 
 
@@ -93,8 +95,7 @@ def test_a_run_resumes_and_refuses_another_config(tmp_path):
 
 
 EDGES = {
-    "batch larger than a client's data": ["--config.local_update.batch_size=300"],
-    "clients of one image": [
+    "clients of one image, fewer than a batch": [
         "--config.partition.kind=iid",
         "--config.partition.clients=20",
         "--config.data.train_images=30",

@@ -673,14 +673,28 @@ def teacher(federation, states):
     return lambda images: compiled({"experts": state["experts"], "meta": state["meta"]}, images)
 
 
-def test_the_teacher_reads_every_class_expert(federation, states, classify, teacher):
-    """Tokens in the order of classes, each from the expert that its class is assigned."""
-    state = states["meta_model"]
+@pytest.fixture(scope="module")
+def tokens(federation, states, classify):
+    """Logits of 48 images in the order of classes, each from the expert its class is assigned."""
     images = to_float(federation.data["images"][:48])
-    _, assignment = model_aggregation.expert_weights(COUNTS)
-    experts = [member(state["experts"], assignment[label]) for label in range(10)]
-    tokens = jnp.stack([classify(expert, images) for expert in experts], axis=1)
-    expected = jax.jit(meta_model.build(federation).apply)(state["meta"], tokens)
+    experts, (_, assignment) = (
+        states["meta_model"]["experts"],
+        model_aggregation.expert_weights(COUNTS),
+    )
+    each = [classify(member(experts, assignment[label]), images) for label in range(10)]
+    return images, jnp.stack(each, axis=1)
+
+
+def test_the_plain_ensemble_is_the_mean_of_every_class_experts_logits(federation, states, tokens):
+    images, each = tokens
+    ensemble = jax.jit(meta_model.uniform_logits(federation))
+    answers = ensemble({"experts": states["meta_model"]["experts"]}, images)
+    np.testing.assert_allclose(answers, np.mean(each, axis=1), atol=1e-4)
+
+
+def test_the_teacher_reads_every_class_expert(federation, states, tokens, teacher):
+    images, each = tokens
+    expected = jax.jit(meta_model.build(federation).apply)(states["meta_model"]["meta"], each)
     np.testing.assert_allclose(teacher(images), expected, atol=1e-4)
 
 

@@ -45,13 +45,12 @@ def teacher_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
 
 
 def uniform_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
-    """Log of the mean of the class experts' probabilities: the plain ensemble."""
+    """The plain ensemble: the mean of all class experts' logits, as DENSE and DFRD average them."""
     logits = expert_logits(federation)
     _, assignment = expert_weights(federation.counts)
 
     def ensemble(variables: PyTree, images: Array) -> Array:
-        each = jax.nn.log_softmax(logits(variables["experts"], images)[:, assignment])
-        return jax.nn.logsumexp(each, axis=1)
+        return logits(variables["experts"], images)[:, assignment].mean(axis=1)
 
     return ensemble
 

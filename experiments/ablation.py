@@ -1,0 +1,83 @@
+"""What each part of Mosaic is worth: one change at a time, on the digits.
+
+    python -m experiments.ablation --seeds 0 1 2 --root runs/ablation
+
+Every variant of `configs/digits.py` shares what comes before its change with the unchanged run, and
+nothing else. The table gives test accuracies in percent, mean and sample standard deviation over
+seeds, and for the fine-tuned student also of the difference from the unchanged run, seed by seed.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from configs.digits import get_config
+from experiments import branches
+from experiments.branches import Settings, spread
+from mosaic_jax import main
+
+BASE = "as configured"
+VARIANTS: dict[str, Settings] = {
+    BASE: {},
+    "adversary: the local model": {"generator_optimization.adversary": "local"},
+    "entropy loss, weight 0.1": {"generator_optimization.entropy_weight": 0.1},
+    "inversion loss for clients below 150 images": {
+        "generator_optimization.inversion_threshold": 150
+    },
+    "prototypes in the global model's features": {"prototypes.features": "global"},
+    "meta model blind to who is who": {"meta_model.expert_embedding": False},
+    "class shares not used": {"knowledge_distillation.class_prior": False},
+    "no distillation": {"knowledge_distillation.steps": 0},
+}
+COLUMNS = {
+    "teacher": "MoE teacher",
+    "distilled": "student after distillation",
+    "fine-tuned": "student after fine-tuning",
+}
+
+
+def slug(name: str) -> str:
+    """A variant's name as a folder's."""
+    return re.sub(r"\W+", "-", name)
+
+
+def run_cell(root: Path, level: str, seed: int, changes: Settings) -> list[dict[str, float]]:
+    """All variants of a level and seed; a row each, in percent."""
+    rows = []
+    for name, own in VARIANTS.items():
+        workdir = root / f"{level}-{seed}-{slug(name)}"
+        if own:
+            branches.adopt(
+                root / f"{level}-{seed}-{slug(BASE)}", workdir, branches.shared_stages(own)
+            )
+        rows.append(branches.run(branches.config(get_config, level, seed, own, changes), workdir))
+    return rows
+
+
+def table(level: str, seeds: list[list[dict[str, float]]]) -> str:
+    """Markdown: a row a variant, mean and spread over seeds."""
+    lines = [[level, *COLUMNS, "change"]]
+    for name, rows in zip(VARIANTS, zip(*seeds, strict=True), strict=True):
+        cells = [
+            spread([row[label] for row in rows]) if all(label in row for row in rows) else "-"
+            for label in COLUMNS.values()
+        ]
+        last = COLUMNS["fine-tuned"]
+        change = spread([row[last] - seed[0][last] for row, seed in zip(rows, seeds, strict=True)])
+        lines.append([name, *cells, change])
+    return branches.markdown(lines)
+
+
+if __name__ == "__main__":
+    arguments = branches.parser(__doc__, "runs/ablation", ["moderate"]).parse_args()
+    os.makedirs(arguments.root, exist_ok=True)
+    main.set_up_jax(clients=1)
+    tables = []
+    for level in arguments.levels:
+        cells = [
+            run_cell(arguments.root, level, seed, dict(arguments.set)) for seed in arguments.seeds
+        ]
+        tables.append(table(level, cells))
+    text = "\n\n".join(tables)
+    (arguments.root / "table.md").write_text(text + "\n")
+    print(text)

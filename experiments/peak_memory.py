@@ -1,0 +1,61 @@
+"""Peak memory of a run against its number of clients.
+
+    python -m experiments.peak_memory --clients 10 100 --root runs/memory
+
+Whole runs of `configs/digits.py` with few rounds and steps, each a process of its own; the figure
+is the largest resident set the system saw. The same images are split evenly, so that only the
+number of clients changes.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+SHORT = {
+    "partition.kind": "iid",
+    "local_update.rounds": 2,
+    "local_update.steps": 2,
+    "model_aggregation.steps": 2,
+    "generator_optimization.steps": 20,
+    "generator_optimization.block_steps": 10,
+    "meta_model.steps": 20,
+    "knowledge_distillation.steps": 10,
+    "knowledge_distillation.block_steps": 5,
+    "fine_tuning.rounds": 1,
+}
+
+
+def peak(clients: int, root: Path, overrides: list[str]) -> float:
+    """Mebibytes at the peak of one run."""
+    workdir = root / f"clients-{clients}"
+    shutil.rmtree(workdir, ignore_errors=True)
+    settings = SHORT | {"partition.clients": clients}
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mosaic_jax.main", "--config=configs/digits.py"),
+            *(f"--config.{name}={value}" for name, value in settings.items()),
+            *(f"--config.{override}" for override in overrides),
+            f"--workdir={workdir}",
+        ],
+        stdout=subprocess.DEVNULL,
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"the run of {clients} clients ended with status {status}")
+    return usage.ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--clients", nargs="+", type=int, default=[10, 100])
+    parser.add_argument("--root", type=Path, default=Path("runs/memory"))
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings")
+    arguments = parser.parse_args()
+    peaks = [peak(clients, arguments.root, arguments.set) for clients in arguments.clients]
+    for clients, mebibytes in zip(arguments.clients, peaks, strict=True):
+        print(f"{clients} clients: {mebibytes:.0f} MiB, {mebibytes / peaks[0]:.2f} times")
