@@ -78,7 +78,7 @@ def run(settings: Config, workdir: Path) -> dict[str, float]:
 
 def progress(stage: object, done: int, seconds: float, figures: Mapping[str, Any]) -> None:
     """One line for each evaluation."""
-    found = {name: value for name, value in figures.items() if name.endswith("accuracy")}
+    found = {name: value for name, value in figures.items() if name.endswith("_accuracy")}
     if found:
         print(getattr(stage, "name", stage), done, found, flush=True)
 

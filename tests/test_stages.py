@@ -947,6 +947,17 @@ def test_the_upload_is_the_average_of_the_generators_weights_without_its_start(b
     assert_close(bench.generator.upload(carries[-1], KEY)["params"], expected, 1e-5)
 
 
+def test_the_last_block_alone_uploads(federation, states):
+    stage, before = generator_optimization.train(federation), states["model_aggregation"]
+    carry = stage.start(before)
+    untouched = jax.device_get(carry["upload"])
+    for index in range(stage.blocks):
+        assert_same(carry["upload"], untouched)
+        carry, _ = stage.block(before, carry, index)
+    assert stage.blocks > 1
+    assert_same(carry["upload"], states["generator_optimization"]["generators"])
+
+
 def test_the_uploads_running_statistics_are_those_of_its_own_weights(bench):
     carry = bench.run(2, steps=2)[0][-1]
     upload = bench.generator.upload(carry, KEY)

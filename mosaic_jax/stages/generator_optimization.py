@@ -79,14 +79,16 @@ class ClientGenerator:
         return {"params": params, "batch_stats": statistics}
 
     def block(self, shared: PyTree, pair: PyTree) -> tuple[PyTree, dict[str, Array]]:
-        """`block_steps` steps of a (client, carry) pair; mean health."""
+        """`block_steps` steps of a (client, carry) pair; mean health. The last one uploads."""
         client, carry = pair
         numbers = shared["first_step"] + jnp.arange(self.settings.block_steps)
         carry, health = jax.lax.scan(
             lambda carry, number: self.step(shared, client, carry, number), carry, numbers
         )
         key = rng.fold(shared["key"], client["id"], numbers[-1], 6)
-        return carry | {"upload": self.upload(carry, key)}, jax.tree.map(jnp.mean, health)
+        is_last = numbers[-1] + 1 == self.settings.steps
+        upload = jax.lax.cond(is_last, lambda: self.upload(carry, key), lambda: carry["upload"])
+        return carry | {"upload": upload}, jax.tree.map(jnp.mean, health)
 
     def step(
         self, shared: PyTree, client: PyTree, carry: PyTree, number: Array
