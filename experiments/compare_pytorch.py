@@ -1,0 +1,261 @@
+"""How fast this is beside PyTorch on the same work, stage by stage, in alternating pairs.
+
+    python -m experiments.compare_pytorch --width 8 --clients 10 --pairs 5 --threads 2
+
+Both sides get the same images, split, settings and number of batches. PyTorch (`pytorch_baseline`)
+lives in a child process that runs one unit when told to and otherwise sleeps in a read; while it
+works, this process sleeps in the read of its answer. So of two thread pools one is always idle:
+XLA's threads park between programs, and the child's OpenMP threads are told not to spin
+(`OMP_WAIT_POLICY=PASSIVE`). Both are bound to the same cores.
+
+Each side first makes one pass through the method, which compiles ours and finds PyTorch's best
+chunk; then every stage runs A B A B. The table gives medians, the range, the median and the range
+of the paired ratios PyTorch / ours, client-steps a second, and the share of the machine's measured
+matrix-product peak. Operations are counted by XLA's cost analysis of one step, with native
+convolutions. It runs as it is on a GPU.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+
+from configs.fashion_mnist import get_config
+from experiments.pytorch_baseline.pipeline import Work
+from experiments.timed_units import STAGES, Unit, peak, units
+from mosaic_jax import main
+from mosaic_jax import settings as reader
+from mosaic_jax.config import Config
+from mosaic_jax.stages.federation import Federation
+
+SCHEDULE = {
+    "local_update.rounds": 2,
+    "generator_optimization.steps": 50,
+    "generator_optimization.block_steps": 50,
+    "meta_model.steps": 300,
+    "knowledge_distillation.steps": 20,
+    "knowledge_distillation.block_steps": 20,
+    "fine_tuning.rounds": 1,
+}
+"""The pipeline's lengths; all else is `configs/fashion_mnist.py`. `--set` changes any of it."""
+
+REST = 0.1
+"""Seconds between two units, in which the other side's threads come to rest."""
+
+
+class PyTorch:
+    """The child process; `seconds(name)` has it run one unit."""
+
+    def __init__(self, work: Work, threads: int, tf32: bool, compiled: bool):
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.pytorch_baseline.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        first = {"work": work, "threads": threads, "tf32": tf32, "compiled": compiled}
+        self.facts = self.ask(first)
+
+    def ask(self, message: Any) -> Any:
+        """Sends a message and sleeps until the answer comes."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        pickle.dump(message, self.process.stdin)
+        self.process.stdin.flush()
+        try:
+            return pickle.load(self.process.stdout)
+        except EOFError:
+            raise RuntimeError("the PyTorch process has ended; its message is above") from None
+
+    def seconds(self, name: str) -> float:
+        """Wall time of one unit."""
+        return self.ask(name)
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def settings(arguments: argparse.Namespace) -> Config:
+    """The config of both sides."""
+    config = get_config()
+    config.update_from_flattened_dict(SCHEDULE)
+    chosen = {
+        "data.name": arguments.data,
+        "model.width": arguments.width,
+        "partition.clients": arguments.clients,
+    }
+    if arguments.data == "synthetic":
+        chosen["data.image_size"] = 32
+    config.update_from_flattened_dict(chosen)
+    for override in arguments.set:
+        name, _, value = override.partition("=")
+        with suppress(json.JSONDecodeError):  # a word needs no quotation marks
+            value = json.loads(value)
+        config.update_from_flattened_dict({name: value})
+    return reader.from_config_dict(config.to_dict())
+
+
+def work_of(federation: Federation) -> Work:
+    """What PyTorch is given."""
+    dataset = federation.dataset
+    return Work(
+        config=federation.config,
+        train_images=dataset.train_images,
+        train_labels=dataset.train_labels,
+        test_images=dataset.test_images,
+        test_labels=dataset.test_labels,
+        indices=federation.indices,
+        counts=federation.counts,
+        local_shards=federation.local_shards,
+        mean=dataset.mean,
+        std=dataset.std,
+    )
+
+
+def alternate(ours: Unit, theirs: Callable[[], float], pairs: int) -> dict[str, list[float]]:
+    """Wall seconds of both sides, A B A B, after one untimed run of each."""
+    times: dict[str, list[float]] = {"ours": [], "pytorch": []}
+    for number in range(pairs + 1):
+        for name, run in (("ours", ours.seconds), ("pytorch", theirs)):
+            time.sleep(REST)
+            seconds = run()
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def result(name: str, unit: Unit, times: dict[str, list[float]], peak: float) -> dict[str, Any]:
+    """One stage's figures."""
+    ratios = [p / o for p, o in zip(times["pytorch"], times["ours"], strict=True)]
+    figures: dict[str, Any] = {"stage": name, "items": unit.items, "count": unit.count}
+    figures |= {"seconds": times, "ratios": ratios, "operations": unit.operations}
+    figures["load"] = os.getloadavg()[0]
+    for side, seconds in times.items():
+        figures[f"{side}_rate"] = unit.count / median(seconds)
+        if unit.operations is not None:
+            figures[f"{side}_share_of_peak"] = unit.operations / median(seconds) / peak
+    return figures
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown, a row a stage."""
+    head = (
+        "stage",
+        "unit",
+        "ours, s (range)",
+        "PyTorch, s (range)",
+        "PyTorch / ours (range)",
+        "ours, a second",
+        "PyTorch, a second",
+        "of peak, ours",
+        "of peak, PyTorch",
+        "load",
+    )
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in results:
+        cells = [row["stage"], f"{row['count']} {row['items']}"]
+        cells += [spread(row["seconds"]["ours"]), spread(row["seconds"]["pytorch"])]
+        cells += [spread(row["ratios"])]
+        cells += [f"{row[f'{side}_rate']:.3g}" for side in ("ours", "pytorch")]
+        shares = [row.get(f"{side}_share_of_peak") for side in ("ours", "pytorch")]
+        cells += ["" if share is None else f"{100 * share:.0f}%" for share in shares]
+        lines.append("| " + " | ".join([*cells, f"{row['load']:.1f}"]) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    return f"{median(values):.3g} ({min(values):.3g}–{max(values):.3g})"
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """What the table rests on, in lines of Markdown."""
+    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items())
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything measured."""
+    cores = sorted(os.sched_getaffinity(0))[: arguments.threads]
+    os.sched_setaffinity(0, cores)  # before either side makes its threads; the child inherits it
+    config = settings(arguments)
+    precision = "tensorfloat32" if arguments.tf32 else "highest"
+    jax.config.update("jax_default_matmul_precision", precision)
+    main.set_up_jax(config.partition.clients)
+    federation = main.prepare(config)
+    load = os.getloadavg()
+    torch = PyTorch(work_of(federation), len(cores), arguments.tf32, arguments.compile)
+    ours, first_pass = units(federation)
+    peaks = {"ours": peak(), "pytorch": torch.ask("peak")}
+    results = []
+    for name in arguments.stages:
+        times = alternate(ours[name], lambda name=name: torch.seconds(name), arguments.pairs)
+        results.append(result(name, ours[name], times, max(peaks.values())))
+        print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+    torch.close()
+    facts = {
+        "model": f"{config.model.name}, width {config.model.width}, batch "
+        f"{config.local_update.batch_size}, {federation.num_clients} clients, "
+        f"{config.data.name} {federation.dataset.image_shape}",
+        "device": f"{jax.devices()[0].device_kind} x {len(jax.devices())} (ours), "
+        f"{torch.facts['device']} (PyTorch), {platform.machine()}",
+        "threads": f"{len(cores)} cores for both; PyTorch {torch.facts['threads']} threads, "
+        f"OMP_WAIT_POLICY={torch.facts['omp_wait_policy']}",
+        "versions": f"jax {jax.__version__}, torch {torch.facts['torch']}, "
+        f"Python {platform.python_version()}, NumPy {np.__version__}",
+        "precision": f"float32, matrix products {precision}",
+        "peak": f"{max(peaks.values()) / 1e9:.0f} GFLOP/s (ours {peaks['ours'] / 1e9:.0f}, "
+        f"PyTorch {peaks['pytorch'] / 1e9:.0f})",
+        "first_pass": f"{first_pass:.1f} s ours, compilation included; "
+        f"{torch.facts['first_pass_seconds']:.1f} s PyTorch, choice of the chunk included",
+        "PyTorch's_chunk": torch.facts["chunk"],
+        "load_before": f"{load[0]:.1f}",
+        "pairs": arguments.pairs,
+    }
+    return {"facts": facts, "results": results}
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--width", type=int, default=8)
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--data", default="synthetic", help="a data set that needs no files")
+    parser.add_argument("--tf32", action="store_true", help="reduced precision, on both sides")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for PyTorch's rounds")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare_pytorch"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    measured = compare(arguments)
+    text = f"{describe(measured['facts'])}\n\n{table(measured['results'])}\n"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "compare.md").write_text(text)
+    (arguments.out / "compare.json").write_text(json.dumps(measured, indent=1) + "\n")
+    print(text)

@@ -1,0 +1,135 @@
+"""The PyTorch side of `experiments.compare_pytorch`: a process that runs one unit when told to.
+
+It reads pickled messages from its standard input and answers on its standard output; between two
+messages it blocks in a read and its threads sleep. The first message is the work; each other one
+names a unit, and the answer is the wall time of that unit alone.
+"""
+
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import torch
+
+from experiments.pytorch_baseline.pipeline import Mosaic, Work
+
+CHUNKS = (16, 32, 64, 128, 320)
+"""Sizes tried for the models in eval mode; the fastest is used."""
+
+PEAK_SIZE = 2048
+"""Of the square matrices whose product measures the machine."""
+
+
+class Units:
+    """The units of work, each a function without arguments, ready to be timed.
+
+    Args:
+      work: settings and data.
+      device: where PyTorch runs.
+      compiled: whether the local round's model goes through `torch.compile`.
+    """
+
+    def __init__(self, work: Work, device: torch.device, compiled: bool):
+        self.mosaic = Mosaic(work, device, chunk=max(CHUNKS))
+        self.device, self.config = device, work.config
+        self.functions: dict[str, Callable[[], Any]] = {
+            "local round": self.local_round,
+            "generators": self.mosaic.train_generators,
+            "meta model": self.mosaic.train_meta,
+            "evaluation": self.mosaic.evaluate,
+            "pipeline": self.mosaic.run,
+        }
+        self.preparations = {"generators": self.mosaic.start_generators}
+        if compiled:
+            self.mosaic.model.compile()
+
+    def prepare(self) -> int:
+        """One pass through all stages, and the best chunk; later units use what it left."""
+        mosaic = self.mosaic
+        mosaic.run()
+        images = mosaic.generated()
+        few = images.repeat(-(-320 // len(images)), 1, 1, 1)[:320]
+        few = few.contiguous(memory_format=torch.channels_last)
+        self.functions["teacher"] = lambda: mosaic.teacher(few)
+        mosaic.chunk = mosaic.teacher.chunk = min(CHUNKS, key=self._teacher_seconds)
+        self.distilled = mosaic.student()
+        self.functions["distillation"] = self.distillation
+        return mosaic.chunk
+
+    def _teacher_seconds(self, chunk: int) -> float:
+        self.mosaic.teacher.chunk = chunk
+        return min(self.seconds("teacher") for _ in range(3))
+
+    def seconds(self, name: str) -> float:
+        """Wall time of one run of a unit, without its preparation."""
+        function = self.functions[name]
+        self.preparations.get(name, lambda: None)()
+        self._wait()
+        start = time.perf_counter()
+        function()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def local_round(self) -> None:
+        """One round, always from the same model."""
+        settings, server = self.config.local_update, self.mosaic.server
+        self.mosaic.local_round(settings.learning_rate, settings.steps)
+        self.mosaic.server = server
+
+    def distillation(self) -> None:
+        """One block of steps; the student goes on from block to block."""
+        self.mosaic.distil(self.distilled, self.config.knowledge_distillation.block_steps)
+
+    def peak(self) -> float:
+        """Floating-point operations a second of the best of ten matrix products."""
+        a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE, device=self.device) for _ in range(2))
+        self.functions["peak"] = lambda: a @ b
+        return 2 * PEAK_SIZE**3 / min(self.seconds("peak") for _ in range(10))
+
+
+def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answers messages until the other side hangs up."""
+
+    def answer(value: Any) -> None:
+        pickle.dump(value, answers)
+        answers.flush()
+
+    first = pickle.load(requests)
+    torch.set_num_threads(first["threads"])
+    torch.set_float32_matmul_precision("high" if first["tf32"] else "highest")
+    torch.backends.cudnn.allow_tf32 = first["tf32"]
+    torch.backends.cudnn.benchmark = True
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    units = Units(first["work"], device, first["compiled"])
+    start = time.perf_counter()
+    chunk = units.prepare()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    answer(
+        {
+            "torch": torch.__version__,
+            "device": name,
+            "threads": torch.get_num_threads(),
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+            "chunk": chunk,
+            "first_pass_seconds": time.perf_counter() - start,
+        }
+    )
+    while True:
+        try:
+            name = pickle.load(requests)
+        except EOFError:
+            return
+        answer(units.peak() if name == "peak" else units.seconds(name))
+
+
+if __name__ == "__main__":
+    pipe = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints must not enter the pipe
+    serve(sys.stdin.buffer, pipe)
