@@ -9,11 +9,13 @@ Adam makes a whole step of, moves single weights.)
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY
 
 torch = pytest.importorskip("torch", reason="the PyTorch baseline needs the extra `torch`")
 
@@ -22,8 +24,9 @@ from experiments.pytorch_baseline import distillation as torch_distillation  # n
 from experiments.pytorch_baseline import evaluation as torch_evaluation  # noqa: E402
 from experiments.pytorch_baseline import generator_optimization as torch_generators  # noqa: E402
 from experiments.pytorch_baseline import local_update as torch_local  # noqa: E402
-from experiments.pytorch_baseline import models, teacher, weights  # noqa: E402
+from experiments.pytorch_baseline import models, pipeline, teacher, weights  # noqa: E402
 from mosaic_jax import parallel, rng  # noqa: E402
+from mosaic_jax import settings as reader  # noqa: E402
 from mosaic_jax.data.clients import (  # noqa: E402
     batches_per_epoch,
     epoch_batch,
@@ -571,6 +574,23 @@ def test_distillation_steps(federation, mixture, record, request, batch_norm):
         compare(record, "gradient", own.model, gradients(own.model), {"params": expected})
         carry = after
     compare_moved(request, own.model.eval(), variables, carry["student"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("model.name", "resnet50"),
+        ("prototypes.features", "global"),
+        ("knowledge_distillation.images", "real"),
+        ("generator_optimization.adversary", "local"),
+        ("generator_optimization.inversion_threshold", 5),
+    ],
+)
+def test_work_that_is_not_built_is_refused(setting, value):
+    pipeline.refuse_what_is_not_built(reader.from_config_dict(reader.make("", TINY, {}).to_dict()))
+    other = reader.from_config_dict(reader.make("", TINY | {setting: value}, {}).to_dict())
+    with pytest.raises(ValueError, match=re.escape(setting)):
+        pipeline.refuse_what_is_not_built(other)
 
 
 def torch_generator(federation):

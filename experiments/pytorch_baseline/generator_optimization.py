@@ -38,9 +38,6 @@ class ClientGenerator:
       generator, discriminator: with their first weights.
       frozen: the client's classifier f0, in eval mode.
       settings: those of the DCGAN adversary without the inversion loss.
-
-    Raises:
-      ValueError: settings that ask for what is not built here.
     """
 
     def __init__(
@@ -50,8 +47,6 @@ class ClientGenerator:
         frozen: nn.Module,
         settings: GeneratorOptimization,
     ):
-        if settings.adversary != "dcgan" or settings.inversion_threshold:
-            raise ValueError("the baseline has the DCGAN adversary and no inversion loss")
         self.settings, self.steps_made = settings, 0
         self.generator = generator.train()
         self.discriminator = discriminator.train()

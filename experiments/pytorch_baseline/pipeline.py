@@ -29,6 +29,27 @@ from experiments.pytorch_baseline.models import (
 from mosaic_jax.config import Config
 
 
+def refuse_what_is_not_built(config: Config) -> None:
+    """Stop on settings whose work would not be the same.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    built = {
+        "model.name": (config.model.name, ("resnet8", "resnet18", "cnn")),
+        "prototypes.features": (config.prototypes.features, ("experts",)),
+        "knowledge_distillation.images": (config.knowledge_distillation.images, ("generated",)),
+        "generator_optimization.adversary": (config.generator_optimization.adversary, ("dcgan",)),
+        "generator_optimization.inversion_threshold": (
+            config.generator_optimization.inversion_threshold,
+            (0,),
+        ),
+    }
+    for name, (value, known) in built.items():
+        if value not in known:
+            raise ValueError(f"the PyTorch baseline has no {name} = {value!r}, only {known}")
+
+
 @dataclass(frozen=True)
 class Work:
     """What both sides are given, as NumPy arrays.
@@ -64,6 +85,7 @@ class Mosaic:
     """
 
     def __init__(self, work: Work, device: torch.device, chunk: int):
+        refuse_what_is_not_built(work.config)
         self.work, self.config, self.device, self.chunk = work, work.config, device, chunk
         self.images = data.to_float(work.train_images, device)
         self.labels = torch.from_numpy(work.train_labels).long().to(device)
