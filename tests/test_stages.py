@@ -944,31 +944,34 @@ def test_the_upload_is_the_average_of_the_generators_weights_without_its_start(b
     one, two = (carry["generator"]["params"] for carry in carries[1:])
     assert bench.federation.config.generator_optimization.ema == 0.99
     expected = jax.tree.map(lambda a, b: (0.99 * a + b) / 1.99, one, two)
-    assert_close(bench.generator.upload(carries[-1], KEY)["params"], expected, 1e-5)
+    assert_close(bench.generator.upload(carries[-1])["params"], expected, 1e-5)
 
 
-def test_the_last_block_alone_uploads(federation, states):
+def test_the_last_block_alone_settles_the_statistics(federation, states):
     stage, before = generator_optimization.train(federation), states["model_aggregation"]
     carry = stage.start(before)
-    untouched = jax.device_get(carry["upload"])
+    untouched = jax.device_get(carry["settled"])
     for index in range(stage.blocks):
-        assert_same(carry["upload"], untouched)
+        assert_same(carry["settled"], untouched)
         carry, _ = stage.block(before, carry, index)
     assert stage.blocks > 1
-    assert_same(carry["upload"], states["generator_optimization"]["generators"])
+    assert differ(carry["settled"], untouched)
+    uploads = stage.finish(before, carry)["generators"]
+    assert_same(uploads["batch_stats"], carry["settled"])
+    assert_same(uploads, states["generator_optimization"]["generators"])
 
 
 def test_the_uploads_running_statistics_are_those_of_its_own_weights(bench):
     carry = bench.run(2, steps=2)[0][-1]
-    upload = bench.generator.upload(carry, KEY)
+    settled = bench.generator.settle(carry, KEY)
     expected = carry["generator"]["batch_stats"]
     for number in range(generator_optimization.SETTLING):
         z = jax.random.normal(jax.random.fold_in(KEY, number), (8, 8))
-        own = {"params": upload["params"], "batch_stats": expected}
+        own = {"params": bench.generator.averaged(carry), "batch_stats": expected}
         _, updated = bench.generator.generator.apply(own, z, train=True, mutable=["batch_stats"])
         expected = updated["batch_stats"]
-    assert_close(upload["batch_stats"], expected, 1e-4)
-    assert differ(upload["batch_stats"], carry["generator"]["batch_stats"])
+    assert_close(settled, expected, 1e-4)
+    assert differ(settled, carry["generator"]["batch_stats"])
 
 
 # --- the ensemble of generators ----------------------------------------------------------------

@@ -56,30 +56,36 @@ class ClientGenerator:
             "generator_optimizer": self.optimizer(0.0).init(generator["params"]),
             "adversary_optimizer": self.optimizer(0.0).init(adversary["params"]),
             "average": self.average.init(generator["params"]),
-            "upload": generator,
+            "settled": generator["batch_stats"],
         }
 
-    def upload(self, carry: PyTree, key: Array) -> Variables:
-        """What the client sends: the average weights, with batch statistics of their own.
+    def upload(self, carry: PyTree) -> Variables:
+        """What the client sends: the average weights, with batch statistics of their own."""
+        return {"params": self.averaged(carry), "batch_stats": carry["settled"]}
 
-        The running statistics belong to the last weights, not to their average: with them a
-        generator of two classes draws nearly one.
+    def averaged(self, carry: PyTree) -> PyTree:
+        """The weights' average, without their start."""
+        average = carry["average"]
+        return optax.tree.bias_correction(average.ema, self.settings.ema, average.count)
+
+    def settle(self, carry: PyTree, key: Array) -> PyTree:
+        """Batch statistics of the average weights.
+
+        The running ones belong to the last weights, not to their average: with them a generator of
+        two classes draws nearly one.
         """
-        average, settings = carry["average"], self.settings
-        params = optax.tree.bias_correction(average.ema, settings.ema, average.count)
+        params, settings = self.averaged(carry), self.settings
 
-        def settle(number: Array, statistics: PyTree) -> PyTree:
+        def one_batch(number: Array, statistics: PyTree) -> PyTree:
             z = jax.random.normal(rng.fold(key, number), (settings.batch_size, settings.latent))
             variables = {"params": params, "batch_stats": statistics}
             _, updated = self.generator.apply(variables, z, train=True, mutable=["batch_stats"])
             return updated["batch_stats"]
 
-        statistics = carry["generator"]["batch_stats"]
-        statistics = jax.lax.fori_loop(0, SETTLING, settle, statistics)
-        return {"params": params, "batch_stats": statistics}
+        return jax.lax.fori_loop(0, SETTLING, one_batch, carry["generator"]["batch_stats"])
 
     def block(self, shared: PyTree, pair: PyTree) -> tuple[PyTree, dict[str, Array]]:
-        """`block_steps` steps of a (client, carry) pair; mean health. The last one uploads."""
+        """`block_steps` steps of a (client, carry) pair; mean health. The last block settles."""
         client, carry = pair
         numbers = shared["first_step"] + jnp.arange(self.settings.block_steps)
         carry, health = jax.lax.scan(
@@ -87,8 +93,8 @@ class ClientGenerator:
         )
         key = rng.fold(shared["key"], client["id"], numbers[-1], 6)
         is_last = numbers[-1] + 1 == self.settings.steps
-        upload = jax.lax.cond(is_last, lambda: self.upload(carry, key), lambda: carry["upload"])
-        return carry | {"upload": upload}, jax.tree.map(jnp.mean, health)
+        settled = jax.lax.cond(is_last, lambda: self.settle(carry, key), lambda: carry["settled"])
+        return carry | {"settled": settled}, jax.tree.map(jnp.mean, health)
 
     def step(
         self, shared: PyTree, client: PyTree, carry: PyTree, number: Array
@@ -121,7 +127,7 @@ class ClientGenerator:
             "generator": {"params": params, "batch_stats": updated["batch_stats"]},
             "generator_optimizer": optimizer,
             "average": average,
-            "upload": carry["upload"],
+            "settled": carry["settled"],
         }, health
 
     def _adversary_step(
@@ -222,7 +228,7 @@ def train(federation: Federation) -> Stage:
         blocks=settings.steps // settings.block_steps,
         start=lambda state: start_all(shared, clients(state)),
         block=block,
-        finish=lambda state, carry: state | {"generators": carry["upload"]},
+        finish=lambda state, carry: state | {"generators": jax.vmap(client.upload)(carry)},
         samples=_samples(federation),
         client_steps=settings.block_steps * federation.num_clients,
         upload=num_bytes(upload),
