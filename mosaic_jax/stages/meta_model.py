@@ -10,10 +10,13 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mosaic_jax import rng
 from mosaic_jax.data.clients import epoch_batch
 from mosaic_jax.models import MetaModel, head_logits
+from mosaic_jax.parallel import AXIS
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State
 from mosaic_jax.stages.model_aggregation import expert_logits, expert_weights
@@ -85,6 +88,7 @@ class MetaTraining:
         self.average = optax.ema(self.settings.ema, debias=True)
         self.assignment = expert_weights(federation.counts)[1]
         self.key = federation.key("meta_model")
+        self.over_devices = NamedSharding(federation.mesh, P(AXIS))
 
     def start(self) -> PyTree:
         """Random weights, and the state of Adam and of the average."""
@@ -113,6 +117,7 @@ class MetaTraining:
         """One step of Adam on cross-entropy."""
         positions, mask = epoch_batch(examples, number, self.key, self.settings.batch_size)
         logits = examples["logits"][positions][:, self.assignment]
+        logits = jax.lax.with_sharding_constraint(logits, self.over_devices)  # data-parallel
         labels, dropout = examples["labels"][positions], rng.fold(self.key, number, 1)
         loss, gradient = jax.value_and_grad(self.loss)(
             carry["params"], logits, labels, mask, dropout
@@ -136,7 +141,8 @@ class MetaTraining:
 def train(federation: Federation) -> Stage:
     """The meta model's whole training as one compiled call."""
     settings, training = federation.config.meta_model, MetaTraining(federation)
-    run = federation.jit(training.run)
+    everywhere = NamedSharding(federation.mesh, P())
+    run = federation.jit(training.run, out_shardings=everywhere)
 
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
         inputs = {name: state[name] for name in ("experts", "prototypes")}
