@@ -107,6 +107,9 @@ def parser(doc: str, root: str, levels: list[str]) -> argparse.ArgumentParser:
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE`, the value as JSON."""
+    """`NAME=VALUE`, the value as JSON; a word needs no quotation marks."""
     name, _, value = text.partition("=")
-    return name, json.loads(value)
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

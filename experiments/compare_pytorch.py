@@ -24,7 +24,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,10 +32,10 @@ import jax
 import numpy as np
 
 from configs.fashion_mnist import get_config
+from experiments import branches
 from experiments.pytorch_baseline.pipeline import Work
 from experiments.timed_units import STAGES, Unit, peak, units
 from mosaic_jax import main
-from mosaic_jax import settings as reader
 from mosaic_jax.config import Config
 from mosaic_jax.stages.federation import Federation
 
@@ -96,8 +95,6 @@ class PyTorch:
 
 def settings(arguments: argparse.Namespace) -> Config:
     """The config of both sides."""
-    config = get_config()
-    config.update_from_flattened_dict(SCHEDULE)
     chosen = {
         "data.name": arguments.data,
         "model.width": arguments.width,
@@ -105,13 +102,7 @@ def settings(arguments: argparse.Namespace) -> Config:
     }
     if arguments.data == "synthetic":
         chosen["data.image_size"] = 32
-    config.update_from_flattened_dict(chosen)
-    for override in arguments.set:
-        name, _, value = override.partition("=")
-        with suppress(json.JSONDecodeError):  # a word needs no quotation marks
-            value = json.loads(value)
-        config.update_from_flattened_dict({name: value})
-    return reader.from_config_dict(config.to_dict())
+    return branches.config(get_config, "", 0, SCHEDULE, chosen, dict(arguments.set))
 
 
 def work_of(federation: Federation) -> Work:
@@ -170,7 +161,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "of peak, PyTorch",
         "load",
     )
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = [list(head)]
     for row in results:
         cells = [row["stage"], f"{row['count']} {row['items']}"]
         cells += [spread(row["seconds"]["ours"]), spread(row["seconds"]["pytorch"])]
@@ -178,8 +169,8 @@ def table(results: list[dict[str, Any]]) -> str:
         cells += [f"{row[f'{side}_rate']:.3g}" for side in ("ours", "pytorch")]
         shares = [row.get(f"{side}_share_of_peak") for side in ("ours", "pytorch")]
         cells += ["" if share is None else f"{100 * share:.0f}%" for share in shares]
-        lines.append("| " + " | ".join([*cells, f"{row['load']:.1f}"]) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{row['load']:.1f}"])
+    return branches.markdown(lines)
 
 
 def spread(values: list[float]) -> str:
@@ -246,7 +237,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", default="synthetic", help="a data set that needs no files")
     parser.add_argument("--tf32", action="store_true", help="reduced precision, on both sides")
     parser.add_argument("--compile", action="store_true", help="torch.compile for PyTorch's rounds")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        type=branches.assignment,
+        help="other settings",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/compare_pytorch"))
     return parser.parse_args()
 
