@@ -116,7 +116,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             "torch": torch.__version__,
             "device": name,
             "threads": torch.get_num_threads(),
-            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
             "chunk": chunk,
             "first_pass_seconds": time.perf_counter() - start,
         }
