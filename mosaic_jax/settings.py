@@ -22,7 +22,8 @@ HETEROGENEITY = {"mild": 1.0, "moderate": 0.1, "severe": 0.01}
 
 CHOICES = {
     "partition.kind": ("dirichlet", "dirichlet_balanced", "iid"),
-    "model.conv": ("auto", "native", "gradients", "patches"),
+    "model.conv": ("auto", "native", "gradients"),
+    "model.dtype": ("float32", "bfloat16"),
     "generator_optimization.adversary": ("dcgan", "local"),
     "prototypes.features": ("experts", "global"),
     "knowledge_distillation.images": ("generated", "real"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mosaic_jax.models.convolution import convolve, convolve_transposed, resolve_form
+from mosaic_jax.models.convolution import BLOCK, convolve, convolve_transposed, resolve_form
 from mosaic_jax.models.layers import (
     BatchNorm,
     Conv,
@@ -23,7 +23,7 @@ from mosaic_jax.models.layers import (
 )
 from mosaic_jax.models.normalisation import batch_norm, batch_statistics, batch_weights
 
-FORMS = ("gradients", "patches")
+FORMS = ("native", "gradients")
 # kernel, stride, padding, size of the map
 CASES = [
     (3, 1, 1, 8),
@@ -77,9 +77,7 @@ def inputs(function, size, stride, padding, pixels, clients=2):
 def test_forms_agree_under_vmap_and_in_a_loop(function, case):
     size, stride, padding, pixels = case
     clients = inputs(function, size, stride, padding, pixels)
-    one = {
-        form: value_and_gradients(function, form, stride, padding) for form in ("native", *FORMS)
-    }
+    one = {form: value_and_gradients(function, form, stride, padding) for form in FORMS}
 
     @jax.jit
     def every_way(clients):
@@ -91,6 +89,14 @@ def test_forms_agree_under_vmap_and_in_a_loop(function, case):
     for form in FORMS:
         assert_close(mapped[form], mapped["native"])
         assert_close(looped[form], mapped["native"])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 16, 32])
+def test_few_channels_in_cells_and_kernel_gradients_in_blocks_of_images(channels):
+    x, kernel = draw(0, 2 * BLOCK + 3, 8, 8, channels), draw(1, 3, 3, channels, 4)
+    cotangent = draw(2, *x.shape[:3], 4)
+    ours, plain = (value_and_gradients(convolve, form, 1, 1) for form in ("gradients", "native"))
+    assert_close(ours(x, kernel, cotangent), plain(x, kernel, cotangent))
 
 
 @pytest.mark.parametrize("case", [(3, 1, 1, 5), (3, 2, 1, 6), (4, 2, 1, 6)])
@@ -152,7 +158,7 @@ def test_convolution_against_a_loop():
         for j in range(3):
             patch = padded[0, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
             expected[0, i, j] = np.einsum("abc,abco->o", patch, kernel)
-    for form in ("native", *FORMS):
+    for form in FORMS:
         assert_close(convolve(x, kernel, 2, 1, form), expected)
 
 
@@ -168,14 +174,14 @@ def test_transposed_convolution_scatters_every_input(case, height):
             full[0, i * stride : i * stride + size, j * stride : j * stride + size] += stamp
     expected = full[:, padding : full.shape[1] - padding, padding : full.shape[2] - padding]
     assert expected.shape == (1, height, height, 3)
-    for form in ("native", *FORMS):
+    for form in FORMS:
         assert_close(convolve_transposed(x, kernel, stride, padding, form), expected)
 
 
 def test_form_is_resolved_by_backend_and_unknown_ones_are_refused():
     expected = "gradients" if jax.default_backend() == "cpu" else "native"
     assert resolve_form("auto") == expected
-    assert resolve_form("patches") == "patches"
+    assert resolve_form("native") == "native"
     with pytest.raises(ValueError, match="winograd"):
         resolve_form("winograd")
 

@@ -41,6 +41,7 @@ def build_classifier(
     mean: Sequence[float],
     std: Sequence[float],
     form: str = "auto",
+    dtype: str = "float32",
 ) -> nn.Module:
     """Builds a classifier of images in [-1, 1].
 
@@ -50,4 +51,11 @@ def build_classifier(
     if name not in CLASSIFIERS:
         raise UserError(unknown("model", name, list(CLASSIFIERS)))
     build = CLASSIFIERS[name]
-    return build(num_classes=num_classes, width=width, mean=tuple(mean), std=tuple(std), form=form)
+    return build(
+        num_classes=num_classes,
+        width=width,
+        mean=tuple(mean),
+        std=tuple(std),
+        form=form,
+        dtype=dtype,
+    )

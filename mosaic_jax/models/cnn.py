@@ -15,11 +15,12 @@ class CNN(nn.Module):
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     form: str = "auto"
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Outputs:
         """Classifies `[batch, height, width, channels]` in [-1, 1]; `mask` is `[batch]`."""
-        x = normalise_images(images, self.mean, self.std)
+        x = normalise_images(images, self.mean, self.std).astype(self.dtype)
         for stage, strides in enumerate((1, 2, 2)):
             name = f"conv{stage + 1}"
             x = Conv(self.width * 2**stage, strides=strides, form=self.form, name=name)(x)

@@ -15,12 +15,10 @@ from jax import lax
 
 from mosaic_jax.types import Array
 
-BLOCK = 16
-"""Images whose kernel gradient is taken at a time, where there are at least `LARGE` values."""
+FORMS = ("auto", "native", "gradients")
+BLOCK = 32
+"""Images whose kernel gradient is taken at a time."""
 
-LARGE = 2**20
-
-FORMS = ("auto", "native", "gradients", "patches")
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -58,7 +56,7 @@ def convolve(x: Array, kernel: Array, stride: int, padding: int, form: str) -> A
         return flat[:, None, None]
     if stride > 1 and size % stride == 0:
         return _folded(x, kernel, stride, padding, form)
-    if form == "patches" or stride > 1:
+    if stride > 1:
         return _patches(x, kernel, stride, padding)
     return _own_gradients(*same_mesh_axes(x, kernel), padding)
 
@@ -127,61 +125,47 @@ def _backward(padding: int, saved: tuple[Array, Array], gradient: Array) -> tupl
 
 
 def _correlate(x: Array, kernel: Array, padding: int) -> Array:
-    """Stride 1; where channels are few, with neighbouring pixels side by side."""
-    cell = _cell(kernel.shape[2])
+    """Stride 1; where channels are few, several neighbouring pixels of the output at once."""
+    cell = min(8, 32 // kernel.shape[2])
     if kernel.shape[0] == 3 and padding == 1 and cell > 1 and x.shape[2] % cell == 0:
-        return _side_by_side(x, kernel, cell)
+        return _by_cells(x, kernel, cell)
     return _native(x, kernel, 1, padding)
 
 
-def _cell(channels: int) -> int:
-    """Pixels of a row taken together: XLA:CPU's fast convolution wants 16 and more channels."""
-    return 4 if channels < 8 else 2 if channels <= 16 else 1
+def _by_cells(x: Array, kernel: Array, cell: int) -> Array:
+    """A 3x3 convolution of padding 1 whose stride along a row is `cell` pixels.
 
-
-def _side_by_side(x: Array, kernel: Array, cell: int) -> Array:
-    """A 3x3 convolution of padding 1 for few channels.
-
-    `cell` pixels of a row are one wide pixel, which costs nothing, and one more pixel stands on
-    each side of it. A 3x1 convolution of these `(cell + 2) in` channels with a banded kernel gives
-    `cell out` channels: `(cell + 2) / 3` times the operations, in larger matrices.
+    A banded kernel `[3, cell + 2, in, cell out]` gives `cell` pixels of a row as channels, which is
+    their order in memory. `(cell + 2) / 3` times the operations, but in matrices that are large
+    enough for XLA:CPU's fast products.
     """
-    batch, height, width, channels = x.shape
-    cells = x.reshape(batch, height, width // cell, cell * channels)
-    none = ((0, 0), (0, 0))
-    left = jnp.pad(cells[:, :, :-1, -channels:], (*none, (1, 0), (0, 0)))
-    right = jnp.pad(cells[:, :, 1:, :channels], (*none, (0, 1), (0, 0)))
-    # Row i of the band gives output pixel o the tap i - o.
-    tap = np.arange(cell + 2)[:, None] - np.arange(cell)
+    tap = np.arange(cell + 2)[:, None] - np.arange(cell)  # of input pixel i in output pixel o
     band = jax.nn.one_hot(tap, 3, dtype=x.dtype)
     banded = jnp.einsum("iot,htxy->hixoy", band, kernel)
     y = lax.conv_general_dilated(
-        jnp.concatenate([left, cells, right], axis=-1),
-        banded.reshape(3, 1, (cell + 2) * channels, -1),
-        (1, 1),
-        ((1, 1), (0, 0)),
+        x,
+        banded.reshape(*banded.shape[:3], -1),
+        (1, cell),
+        ((1, 1), (1, 1)),
         dimension_numbers=_LAYOUT,
     )
-    return y.reshape(batch, height, width, -1)
+    return y.reshape(*x.shape[:3], -1)
 
 
 def _kernel_gradient(x: Array, gradient: Array, padding: int) -> Array:
-    """Gradient of the kernel, summed over blocks of images that the cache holds.
+    """Gradient of the kernel, summed over blocks of images.
 
     The input as image, its channels as batch, convolved with the output gradient as kernel, its
-    batch as channels. Both are transposed for it, which costs most where they are large.
+    batch as channels. Both are transposed for that, which is cheapest where the cache holds them.
     """
 
     def of_block(x: Array, gradient: Array) -> Array:
         taps = gradient.transpose(1, 2, 0, 3)
         return _native(x.transpose(3, 1, 2, 0), taps, 1, padding).transpose(1, 2, 0, 3)
 
-    if x.size < LARGE or x.shape[0] % BLOCK:
-        return of_block(x, gradient)
-    blocks = [a.reshape(-1, BLOCK, *a.shape[1:]) for a in (x, gradient)]
-    first = of_block(*(a[0] for a in blocks))
-    rest = [a[1:] for a in blocks]
-    return lax.scan(lambda total, block: (total + of_block(*block), None), first, rest)[0]
+    blocks = max(1, x.shape[0] // BLOCK)
+    pairs = zip(jnp.array_split(x, blocks), jnp.array_split(gradient, blocks), strict=True)
+    return sum(of_block(*pair) for pair in pairs)
 
 
 _own_gradients.defvjp(_forward, _backward)

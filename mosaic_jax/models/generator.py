@@ -30,11 +30,12 @@ class Generator(nn.Module):
     width: int = 64
     latent: int = 100
     form: str = "auto"
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, z: Array, train: bool = False) -> Array:
         """`[batch, latent]` to images `[batch, image_size, image_size, channels]` in [-1, 1]."""
-        x = z.reshape(z.shape[0], 1, 1, self.latent)
+        x = z.reshape(z.shape[0], 1, 1, self.latent).astype(self.dtype)
         for stage, features in enumerate(reversed(_widths(self.image_size, self.width))):
             strides, padding = (1, 0) if stage == 0 else (2, 1)
             x = ConvTranspose(
@@ -42,7 +43,7 @@ class Generator(nn.Module):
             )(x)
             x = nn.relu(BatchNorm(scale_init=_SCALES, name=f"norm{stage + 1}")(x, train))
         x = ConvTranspose(self.channels, (1, 1), 1, 0, self.form, _WEIGHTS, name="colour")(x)
-        return jnp.tanh(x)
+        return jnp.tanh(x.astype(jnp.float32))
 
 
 class Discriminator(nn.Module):
@@ -52,11 +53,12 @@ class Discriminator(nn.Module):
     channels: int = 3
     width: int = 64
     form: str = "auto"
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Array:
         """`[batch, image_size, image_size, channels]` in [-1, 1] to logits `[batch]`."""
-        x = images
+        x = images.astype(self.dtype)
         for stage, features in enumerate(_widths(self.image_size, self.width)):
             x = Conv(features, (4, 4), 2, 1, False, self.form, _WEIGHTS, name=f"down{stage + 1}")(x)
             if stage > 0:

@@ -23,11 +23,12 @@ class ResNet(nn.Module):
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     form: str = "auto"
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Outputs:
         """Classifies `[batch, height, width, channels]`; `mask` `[batch]` marks real examples."""
-        x = normalise_images(images, self.mean, self.std)
+        x = normalise_images(images, self.mean, self.std).astype(self.dtype)
         x = Conv(self.width, form=self.form, name="stem")(x)
         x = nn.relu(BatchNorm(name="stem_norm")(x, train, mask))
         block = BottleneckBlock if self.depth == 50 else BasicBlock

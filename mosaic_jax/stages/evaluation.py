@@ -15,7 +15,7 @@ from mosaic_jax.data.clients import to_float
 from mosaic_jax.stages.federation import Federation
 from mosaic_jax.types import Array, PyTree
 
-CHUNK = 128
+CHUNK = parallel.BLOCK
 """Images evaluated at a time; any number gives the same figures."""
 
 

@@ -154,6 +154,7 @@ def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
         mean=dataset.mean,
         std=dataset.std,
         form=config.model.conv,
+        dtype=config.model.dtype,
     )
     data = {"images": dataset.train_images, "labels": dataset.train_labels}
     return Federation(

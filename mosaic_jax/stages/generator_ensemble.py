@@ -23,6 +23,7 @@ def build(federation: Federation) -> Generator:
         width=settings.width,
         latent=settings.latent,
         form=federation.config.model.conv,
+        dtype=federation.config.model.dtype,
     )
 
 

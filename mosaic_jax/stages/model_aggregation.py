@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mosaic_jax.parallel import in_blocks
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, num_bytes
 from mosaic_jax.stages.local_update import round_function, size_weights
@@ -79,7 +80,11 @@ def expert_logits(federation: Federation) -> Any:
 
     The stacked experts are laid over the mesh like clients.
     """
-    mapped = federation.map(lambda images, expert: federation.outputs(expert, images).logits)
+
+    def one_expert(images: Array, expert: Variables) -> Array:
+        return in_blocks(lambda part: federation.outputs(expert, part).logits, images)
+
+    mapped = federation.map(one_expert)
 
     def logits(experts: Variables, images: Array) -> Array:
         return jnp.swapaxes(mapped(images, experts), 0, 1)
