@@ -195,11 +195,11 @@ def test_forms_share_their_parameters():
         )
 
 
-def norm_case(mask):
+def norm_case(mask, form):
     """Loss, gradients and new statistics of a batch norm over `[6, 3, 3, 4]`, first 4 real."""
     x = jnp.asarray(3 * draw(0, 6, 3, 3, 4) + 5)
     weight = draw(1, 6, 3, 3, 4)
-    module = BatchNorm()
+    module = BatchNorm(form=form)
     variables = module.init(jax.random.key(0), x, True)
     if mask is None:
         x, weight = x[:4], weight[:4]
@@ -216,32 +216,36 @@ def norm_case(mask):
     return value, kept, gradients[0], gradients[1]
 
 
-def test_masked_examples_leave_no_trace_in_batch_norm():
-    masked = norm_case(jnp.array([1.0, 1, 1, 1, 0, 0]))
-    plain = norm_case(None)
+@pytest.mark.parametrize("form", FORMS)
+def test_masked_examples_leave_no_trace_in_batch_norm(form):
+    masked = norm_case(jnp.array([1.0, 1, 1, 1, 0, 0]), form)
+    plain = norm_case(None, form)
     np.testing.assert_array_equal(masked[3][4:], 0.0)
     assert_close((*masked[:3], masked[3][:4]), plain)
 
 
-def test_batch_norm_against_numpy():
-    # A mean a thousand spreads away: one-pass variances lose it.
-    x = np.asarray(draw(0, 8, 4, 4, 3)) * 0.1 + np.array([100.0, -50.0, 0.0])
+@pytest.mark.parametrize(("form", "running"), [("gradients", 0.0), ("native", 99.5)])
+def test_batch_norm_against_numpy(form, running):
+    # A mean a thousand spreads away: a one-pass variance loses it, unless taken near the mean.
+    x = np.asarray(draw(0, 8, 4, 4, 3)) * 0.1 + np.array([100.0, 99.0, 98.0])
     x = x.astype(np.float32)
-    module = BatchNorm()
+    module = BatchNorm(form=form)
     variables = module.init(jax.random.key(0), x, True)
+    variables["batch_stats"]["mean"] += running
     y, updates = module.apply(variables, x, True, mutable=["batch_stats"])
     exact = x.astype(np.float64)
     mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
     np.testing.assert_allclose(y, (exact - mean) / np.sqrt(var + 1e-5), atol=5e-3)
     stats = updates["batch_stats"]
-    np.testing.assert_allclose(stats["mean"], 0.1 * mean, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(stats["mean"], 0.9 * running + 0.1 * mean, rtol=1e-4)
     np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * var, rtol=1e-4)
 
 
-def test_batch_norm_gradients_against_its_formula_by_autodiff():
+@pytest.mark.parametrize("form", FORMS)
+def test_batch_norm_gradients_against_its_formula_by_autodiff(form):
     x, weight = draw(0, 5, 3, 3, 4) * 2 + 1, draw(1, 5, 3, 3, 4)
     params = {"scale": draw(2, 4), "bias": draw(3, 4)}
-    module = BatchNorm()
+    module = BatchNorm(form=form)
     stats = module.init(jax.random.key(0), x, True)["batch_stats"]
 
     def ours(params, x):
@@ -268,12 +272,14 @@ def test_batch_norm_in_eval_mode_uses_running_statistics_and_keeps_them():
     assert_close(updates["batch_stats"], variables["batch_stats"])
 
 
-def test_batch_of_padding_alone_changes_no_statistic_and_is_finite():
+@pytest.mark.parametrize("form", FORMS)
+def test_batch_of_padding_alone_changes_no_statistic_and_is_finite(form):
     x = draw(0, 4, 2, 2, 3)
-    variables = BatchNorm().init(jax.random.key(0), x, True)
+    variables = BatchNorm(form=form).init(jax.random.key(0), x, True)
 
     def total(x):
-        y, updates = BatchNorm().apply(variables, x, True, jnp.zeros(4), mutable=["batch_stats"])
+        norm = BatchNorm(form=form)
+        y, updates = norm.apply(variables, x, True, jnp.zeros(4), mutable=["batch_stats"])
         return y.sum(), updates["batch_stats"]
 
     gradient, stats = jax.grad(total, has_aux=True)(x)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mosaic_jax.models import (
@@ -82,6 +83,30 @@ def test_classifiers_share_one_convention(name, features):
     outputs = jax.eval_shape(model.apply, variables, images)
     assert outputs.logits.shape == (2, 7)
     assert outputs.features.shape == (2, features)
+
+
+@pytest.mark.parametrize("form", ["native", "gradients"])
+def test_bfloat16_is_the_arithmetic_and_not_what_is_kept(form):
+    half, full = (
+        build_classifier("cnn", 5, 8, (0.5,), (0.5,), form, dtype)
+        for dtype in ("bfloat16", "float32")
+    )
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 1)).astype(np.float32)
+    variables = half.init(KEY, images)
+
+    def loss(params, model):
+        outputs, updated = model.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return jnp.square(outputs.logits).sum(), updated
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    gradients, updated = gradient(variables["params"], half)
+    exact = gradient(variables["params"], full)[0]
+    for leaf in jax.tree.leaves((variables, gradients, updated)):
+        assert leaf.dtype == jnp.float32
+    difference = optax.tree.norm(optax.tree.sub(gradients, exact)) / optax.tree.norm(exact)
+    assert 1e-4 < difference < 0.2  # other arithmetic, and the same function
 
 
 def test_larger_images_keep_the_feature_size():

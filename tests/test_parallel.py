@@ -235,3 +235,17 @@ def equations(jaxpr):
         for inner in equation.params.values():
             if hasattr(inner, "eqns"):
                 yield from equations(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("images", [5, 64, 130, 350])
+def test_images_in_blocks_come_out_as_in_one_piece(images):
+    x = jnp.arange(images * 6.0).reshape(images, 2, 3)
+    sizes = []
+
+    def function(part):
+        sizes.append(len(part))
+        return part.sum(axis=(1, 2))[:, None] ** 2
+
+    assert_close = np.testing.assert_array_equal
+    assert_close(parallel.in_blocks(function, x), function(x))
+    assert max(sizes[:-1]) <= 1.5 * parallel.BLOCK

@@ -24,6 +24,6 @@ class CNN(nn.Module):
         for stage, strides in enumerate((1, 2, 2)):
             name = f"conv{stage + 1}"
             x = Conv(self.width * 2**stage, strides=strides, form=self.form, name=name)(x)
-            x = nn.relu(BatchNorm(name=f"norm{stage + 1}")(x, train, mask))
+            x = nn.relu(BatchNorm(form=self.form, name=f"norm{stage + 1}")(x, train, mask))
         features = x.mean(axis=(1, 2)).astype(jnp.float32)
         return Outputs(logits=Dense(self.num_classes, name="head")(features), features=features)

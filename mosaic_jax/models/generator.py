@@ -41,7 +41,7 @@ class Generator(nn.Module):
             x = ConvTranspose(
                 features, (4, 4), strides, padding, self.form, _WEIGHTS, name=f"up{stage + 1}"
             )(x)
-            x = nn.relu(BatchNorm(scale_init=_SCALES, name=f"norm{stage + 1}")(x, train))
+            x = nn.relu(BatchNorm(scale_init=_SCALES, form=self.form, name=f"norm{stage + 1}")(x, train))
         x = ConvTranspose(self.channels, (1, 1), 1, 0, self.form, _WEIGHTS, name="colour")(x)
         return jnp.tanh(x.astype(jnp.float32))
 
@@ -62,7 +62,7 @@ class Discriminator(nn.Module):
         for stage, features in enumerate(_widths(self.image_size, self.width)):
             x = Conv(features, (4, 4), 2, 1, False, self.form, _WEIGHTS, name=f"down{stage + 1}")(x)
             if stage > 0:
-                norm = BatchNorm(scale_init=_SCALES, name=f"norm{stage + 1}")
+                norm = BatchNorm(scale_init=_SCALES, form=self.form, name=f"norm{stage + 1}")
                 x = norm(x, train, mask)
             x = nn.leaky_relu(x, 0.2)
         x = Conv(1, (2, 2), 2, 0, False, self.form, _WEIGHTS, name="verdict")(x)

@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from mosaic_jax.models.convolution import convolve, convolve_transposed, resolve_form
-from mosaic_jax.models.normalisation import affine, batch_norm, batch_statistics, batch_weights
+from mosaic_jax.models.normalisation import (
+    affine,
+    batch_norm,
+    batch_statistics,
+    batch_weights,
+    plain_batch_norm,
+)
 from mosaic_jax.types import Array, PyTree
 
 Initializer = Callable[..., Array]
@@ -148,6 +154,7 @@ class BatchNorm(nn.Module):
 
     momentum: float = 0.9
     epsilon: float = 1e-5
+    form: str = "auto"
     scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
@@ -170,7 +177,11 @@ class BatchNorm(nn.Module):
                 self.sow("inversion", "distance", distance)
             factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
             return affine(x, running_mean.value, factor, bias)
-        y, mean, var = batch_norm(x, scale, bias, weights, self.epsilon)
+        if resolve_form(self.form) == "native":
+            about = running_mean.value
+            y, mean, var = plain_batch_norm(x, scale, bias, weights, self.epsilon, about)
+        else:
+            y, mean, var = batch_norm(x, scale, bias, weights, self.epsilon)
         if not self.is_initializing():
             keep = jnp.where(count > 0, self.momentum, 1.0)
             running_mean.value = keep * running_mean.value + (1 - keep) * mean

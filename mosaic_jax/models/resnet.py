@@ -30,7 +30,7 @@ class ResNet(nn.Module):
         """Classifies `[batch, height, width, channels]`; `mask` `[batch]` marks real examples."""
         x = normalise_images(images, self.mean, self.std).astype(self.dtype)
         x = Conv(self.width, form=self.form, name="stem")(x)
-        x = nn.relu(BatchNorm(name="stem_norm")(x, train, mask))
+        x = nn.relu(BatchNorm(form=self.form, name="stem_norm")(x, train, mask))
         block = BottleneckBlock if self.depth == 50 else BasicBlock
         for stage, blocks in enumerate(BLOCKS[self.depth]):
             for index in range(blocks):
@@ -52,9 +52,9 @@ class BasicBlock(nn.Module):
     def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
         """`[batch, height, width, in]` to `[batch, height / strides, ..., features]`."""
         y = Conv(self.features, strides=self.strides, form=self.form, name="conv1")(x)
-        y = nn.relu(BatchNorm(name="norm1")(y, train, mask))
+        y = nn.relu(BatchNorm(form=self.form, name="norm1")(y, train, mask))
         y = Conv(self.features, form=self.form, name="conv2")(y)
-        y = BatchNorm(name="norm2")(y, train, mask)
+        y = BatchNorm(form=self.form, name="norm2")(y, train, mask)
         return nn.relu(
             y + Shortcut(self.features, self.strides, self.form, name="shortcut")(x, train, mask)
         )
@@ -72,11 +72,11 @@ class BottleneckBlock(nn.Module):
         """`[batch, height, width, in]` to `[batch, height / strides, ..., 4 features]`."""
         wide = 4 * self.features
         y = Conv(self.features, (1, 1), padding=0, form=self.form, name="conv1")(x)
-        y = nn.relu(BatchNorm(name="norm1")(y, train, mask))
+        y = nn.relu(BatchNorm(form=self.form, name="norm1")(y, train, mask))
         y = Conv(self.features, strides=self.strides, form=self.form, name="conv2")(y)
-        y = nn.relu(BatchNorm(name="norm2")(y, train, mask))
+        y = nn.relu(BatchNorm(form=self.form, name="norm2")(y, train, mask))
         y = Conv(wide, (1, 1), padding=0, form=self.form, name="conv3")(y)
-        y = BatchNorm(name="norm3")(y, train, mask)
+        y = BatchNorm(form=self.form, name="norm3")(y, train, mask)
         return nn.relu(y + Shortcut(wide, self.strides, self.form, name="shortcut")(x, train, mask))
 
 
@@ -93,4 +93,4 @@ class Shortcut(nn.Module):
         if self.strides == 1 and x.shape[-1] == self.features:
             return x
         y = Conv(self.features, (1, 1), self.strides, 0, form=self.form, name="conv")(x)
-        return BatchNorm(name="norm")(y, train, mask)
+        return BatchNorm(form=self.form, name="norm")(y, train, mask)
