@@ -23,8 +23,7 @@ import pickle
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,7 +34,7 @@ import numpy as np
 from configs.fashion_mnist import get_config
 from experiments import branches
 from experiments.pytorch_baseline.pipeline import Work
-from experiments.timed_units import STAGES, Unit, peak, units
+from experiments.timed_units import STAGES, Unit, alternate, peak, spread, units
 from mosaic_jax import main
 from mosaic_jax.config import Config
 from mosaic_jax.stages.federation import Federation
@@ -51,14 +50,14 @@ SCHEDULE = {
 }
 """The pipeline's lengths; all else is `configs/fashion_mnist.py`. `--set` changes any of it."""
 
-REST = 0.1
-"""Seconds between two units, in which the other side's threads come to rest."""
+VARIANTS = ("local round, torch.func.vmap", "local round, torch.compile")
+"""Other ways of PyTorch to do a stage; a row each where they run."""
 
 
 class PyTorch:
     """The child process; `seconds(name)` has it run one unit."""
 
-    def __init__(self, work: Work, threads: int, tf32: bool, compiled: bool):
+    def __init__(self, work: Work, threads: int, tf32: bool):
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "experiments.pytorch_baseline.worker"],
@@ -66,7 +65,7 @@ class PyTorch:
             stdout=subprocess.PIPE,
             env=environment,
         )
-        first = {"work": work, "threads": threads, "tf32": tf32, "compiled": compiled}
+        first = {"work": work, "threads": threads, "tf32": tf32}
         self.facts = self.ask(first)
 
     def ask(self, message: Any) -> Any:
@@ -81,8 +80,15 @@ class PyTorch:
             raise RuntimeError("the PyTorch process has ended; its message is above") from None
 
     def seconds(self, name: str) -> float:
-        """Wall time of one unit."""
-        return self.ask(name)
+        """Wall time of one unit.
+
+        Raises:
+          RuntimeError: PyTorch cannot do it; the child has printed why.
+        """
+        seconds = self.ask(name)
+        if isinstance(seconds, str):
+            raise RuntimeError(f"PyTorch's {name} ended with a {seconds}")
+        return seconds
 
     def close(self) -> None:
         """Ends the process."""
@@ -118,18 +124,6 @@ def work_of(federation: Federation) -> Work:
         mean=dataset.mean,
         std=dataset.std,
     )
-
-
-def alternate(ours: Unit, theirs: Callable[[], float], pairs: int) -> dict[str, list[float]]:
-    """Wall seconds of both sides, A B A B, after one untimed run of each."""
-    times: dict[str, list[float]] = {"ours": [], "pytorch": []}
-    for number in range(pairs + 1):
-        for name, run in (("ours", ours.seconds), ("pytorch", theirs)):
-            time.sleep(REST)
-            seconds = run()
-            if number:
-                times[name].append(seconds)
-    return times
 
 
 def result(name: str, unit: Unit, times: dict[str, list[float]], peak: float) -> dict[str, Any]:
@@ -171,11 +165,6 @@ def table(results: list[dict[str, Any]]) -> str:
     return branches.markdown(lines)
 
 
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    return f"{median(values):.3g} ({min(values):.3g}–{max(values):.3g})"
-
-
 def describe(facts: dict[str, Any]) -> str:
     """What the table rests on, in lines of Markdown."""
     return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items())
@@ -191,13 +180,19 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     main.set_up_jax(config.partition.clients)
     federation = main.prepare(config)
     load = os.getloadavg()
-    torch = PyTorch(work_of(federation), len(cores), arguments.tf32, arguments.compile)
+    torch = PyTorch(work_of(federation), len(cores), arguments.tf32)
     ours, first_pass = units(federation)
     peaks = {"ours": peak(), "pytorch": torch.ask("peak")}
     results = []
     for name in arguments.stages:
-        times = alternate(ours[name], lambda name=name: torch.seconds(name), arguments.pairs)
-        results.append(result(name, ours[name], times, max(peaks.values())))
+        unit = ours[name.partition(",")[0]]
+        try:
+            sides = {"ours": unit.seconds, "pytorch": partial(torch.seconds, name)}
+            times = alternate(sides, arguments.pairs)
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            continue
+        results.append(result(name, unit, times, max(peaks.values())))
         print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     torch.close()
     facts = {
@@ -231,10 +226,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    stages = (*STAGES, *VARIANTS)
+    parser.add_argument("--stages", nargs="+", default=list(stages), choices=stages)
     parser.add_argument("--data", default="synthetic", help="a data set that needs no files")
     parser.add_argument("--tf32", action="store_true", help="reduced precision, on both sides")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for PyTorch's rounds")
     parser.add_argument(
         "--set",
         nargs="*",

@@ -7,6 +7,7 @@ method has left before each stage.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import jax
@@ -28,6 +29,9 @@ STAGES = (
     "evaluation",
     "pipeline",
 )
+REST = 0.1
+"""Seconds between two units, in which the threads of the one before come to rest."""
+
 TEACHER_IMAGES = 320
 PEAK_SIZE = 2048
 """Of the square matrices whose product measures the machine."""
@@ -57,6 +61,23 @@ class Unit:
         start = time.perf_counter()
         jax.block_until_ready(self.run(arguments))
         return time.perf_counter() - start
+
+
+def alternate(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Wall seconds of each run, A B A B, after one untimed run of each."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            time.sleep(REST)
+            seconds = run()
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    return f"{median(values):.3g} ({min(values):.3g}–{max(values):.3g})"
 
 
 def units(federation: Federation) -> tuple[dict[str, Unit], float]:

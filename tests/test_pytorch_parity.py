@@ -303,6 +303,28 @@ def test_round(federation, record, request):
     assert kept == []
 
 
+def test_vmapped_round_is_the_eager_one(federation):
+    """With all clients stacked, on full batches and without momentum."""
+    settings = dataclasses.replace(federation.config.local_update, momentum=0.0)
+    model, shares = classifier(federation, perturbed(federation)), [0.2, 0.3, 0.5]
+    images = torch.randn(2, 3, 8, 1, 16, 16)
+    labels = torch.randint(10, (2, 3, 8))
+    stacked = torch_local.vmapped_round(
+        models.without_statistics(model),
+        [parameter.detach().clone() for parameter in model.parameters()],
+        zip(images, labels, strict=True),
+        shares,
+        settings,
+        0.05,
+    )
+    server = [tensor.clone() for tensor in torch_local.tensors(model)]
+    each = [list(zip(images[:, i], labels[:, i], strict=True)) for i in range(3)]
+    mean, _, _ = torch_local.federated_round(model, server, each, shares, settings, 0.05)
+    torch._foreach_copy_(torch_local.tensors(model), mean)
+    for ours, parameter in zip(stacked, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_class_experts(federation, record):
     stage = model_aggregation.form_experts(federation)
     formed, _ = stage.block({"global": perturbed(federation)}, None, 0)

@@ -4,6 +4,7 @@ Classifiers take images in [-1, 1] and normalise them themselves; they return lo
 features. Layout is `[batch, channels, height, width]`, stored channels-last.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -64,6 +65,16 @@ class BatchNorm(nn.BatchNorm2d):
         if self.track_running_stats and factor != self.factor:
             self.running_var.mul_(factor / self.factor)
             self.factor = factor
+
+
+def without_statistics(model: nn.Module) -> nn.Module:
+    """A copy in train mode whose batch norms keep no running statistics."""
+    model = copy.deepcopy(model).train()
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = None
+    return model
 
 
 class Classifier(nn.Module):

@@ -25,6 +25,7 @@ from experiments.pytorch_baseline.models import (
     Generator,
     MetaModel,
     build_classifier,
+    without_statistics,
 )
 from mosaic_jax.config import Config
 
@@ -137,6 +138,29 @@ class Mosaic:
             keep,
         )
         self.clients = kept or self.clients
+
+    def vmapped_round(self, learning_rate: float, steps: int) -> local_update.State:
+        """The round with all clients stacked, on full batches drawn with replacement."""
+        size, clients = self.config.local_update.batch_size, range(len(self.index))
+
+        def batch() -> tuple[Tensor, Tensor]:
+            chosen = [
+                index[torch.randint(len(index), (size,), device=self.device)]
+                for index in self.index
+            ]
+            images = torch.stack([data.take(self.images, chosen[client]) for client in clients])
+            return images, self.labels[torch.stack(chosen)]
+
+        model = without_statistics(self.model)
+        received = [parameter.detach() for parameter in model.parameters()]
+        return local_update.vmapped_round(
+            model,
+            received,
+            (batch() for _ in range(steps)),
+            self.sizes / self.sizes.sum(),
+            self.config.local_update,
+            learning_rate,
+        )
 
     def warm_up(self) -> None:
         """The rounds before the experts form, their learning rate falling along a cosine."""

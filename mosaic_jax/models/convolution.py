@@ -56,9 +56,7 @@ def convolve(x: Array, kernel: Array, stride: int, padding: int, form: str) -> A
         return flat[:, None, None]
     if stride > 1 and size % stride == 0:
         return _folded(x, kernel, stride, padding, form)
-    if stride > 1:
-        return _patches(x, kernel, stride, padding)
-    return _own_gradients(*same_mesh_axes(x, kernel), padding)
+    return _own_gradients(*same_mesh_axes(x, kernel), stride, padding)
 
 
 def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int, form: str) -> Array:
@@ -106,62 +104,104 @@ def _patches(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     return jnp.concatenate(shifts, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _own_gradients(x: Array, kernel: Array, padding: int) -> Array:
-    """A convolution of stride 1 whose gradients are forward convolutions too."""
-    return _correlate(x, kernel, padding)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _own_gradients(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """A convolution whose gradients are forward convolutions too."""
+    return _correlate(x, kernel, stride, padding)
 
 
-def _forward(x: Array, kernel: Array, padding: int) -> tuple[Array, tuple[Array, Array]]:
-    return _correlate(x, kernel, padding), (x, kernel)
+def _forward(
+    x: Array, kernel: Array, stride: int, padding: int
+) -> tuple[Array, tuple[Array, Array]]:
+    return _correlate(x, kernel, stride, padding), (x, kernel)
 
 
-def _backward(padding: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    """Gradient of the input: the output's, convolved with the flipped kernel."""
+def _backward(
+    stride: int, padding: int, saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
     x, kernel = saved
-    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-    for_input = _correlate(gradient, flipped, kernel.shape[0] - 1 - padding)
-    return for_input, _kernel_gradient(x, gradient, padding)
+    for_input = _input_gradient(gradient, kernel, stride, padding, x.shape[1:3])
+    return for_input, _kernel_gradient(x, gradient, kernel.shape[0], stride, padding)
 
 
-def _correlate(x: Array, kernel: Array, padding: int) -> Array:
-    """Stride 1; where channels are few, several neighbouring pixels of the output at once."""
-    cell = min(8, 32 // kernel.shape[2])
-    if kernel.shape[0] == 3 and padding == 1 and cell > 1 and x.shape[2] % cell == 0:
-        return _by_cells(x, kernel, cell)
-    return _native(x, kernel, 1, padding)
+def _correlate(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """The native convolution; where channels are few, several pixels of the output at once.
 
-
-def _by_cells(x: Array, kernel: Array, cell: int) -> Array:
-    """A 3x3 convolution of padding 1 whose stride along a row is `cell` pixels.
-
-    A banded kernel `[3, cell + 2, in, cell out]` gives `cell` pixels of a row as channels, which is
-    their order in memory. `(cell + 2) / 3` times the operations, but in matrices that are large
-    enough for XLA:CPU's fast products.
+    A stride along a row that is `cell` times as long, and a banded kernel, give `cell` pixels of a
+    row as channels, which is their order in memory. More operations, by `(cell - 1) stride / k`,
+    but in matrices that are large enough for XLA:CPU's fast products.
     """
-    tap = np.arange(cell + 2)[:, None] - np.arange(cell)  # of input pixel i in output pixel o
-    band = jax.nn.one_hot(tap, 3, dtype=x.dtype)
-    banded = jnp.einsum("iot,htxy->hixoy", band, kernel)
+    size, (inputs, outputs) = kernel.shape[0], kernel.shape[2:]
+    width = (x.shape[2] + 2 * padding - size) // stride + 1
+    cell = _cell(inputs, outputs, width)
+    if cell == 1:
+        return _native(x, kernel, stride, padding)
+    reach = (cell - 1) * stride + size
+    tap = np.arange(reach)[:, None] - stride * np.arange(cell)  # of input pixel i in output pixel o
+    band = jax.nn.one_hot(tap, size, dtype=x.dtype)
+    banded = jnp.einsum("iot,htxy->hixoy", band, kernel).reshape(size, reach, inputs, -1)
     y = lax.conv_general_dilated(
-        x,
-        banded.reshape(*banded.shape[:3], -1),
-        (1, cell),
-        ((1, 1), (1, 1)),
-        dimension_numbers=_LAYOUT,
+        x, banded, (stride, stride * cell), [(padding, padding)] * 2, dimension_numbers=_LAYOUT
     )
-    return y.reshape(*x.shape[:3], -1)
+    return y.reshape(*y.shape[:2], width, outputs)
 
 
-def _kernel_gradient(x: Array, gradient: Array, padding: int) -> Array:
+def _cell(inputs: int, outputs: int, width: int) -> int:
+    """Pixels of a row to take at once: XLA:CPU is fast from 32 channels on, of three from 64 on."""
+    cell = min(8, max(1, (64 if inputs == 3 else 32) // outputs))
+    while width % cell:
+        cell -= 1
+    return cell
+
+
+def _input_gradient(
+    gradient: Array, kernel: Array, stride: int, padding: int, shape: tuple[int, ...]
+) -> Array:
+    """Gradient of an input whose map has this shape.
+
+    At stride 1 the output's, convolved with the flipped kernel. Else that gives all
+    `stride x stride` pixels of a cell of the input as channels, so that no zeros are multiplied
+    that stand between the output's pixels: output `i` reached input `n` through tap
+    `n + padding - stride i`.
+    """
+    size = kernel.shape[0]
+    if stride == 1:
+        flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+        return _correlate(gradient, flipped, 1, size - 1 - padding)
+    first, last = -((size - 1 - padding) // stride), (stride - 1 + padding) // stride
+    outputs = np.arange(first, last + 1)  # that reach a cell, counted from the cell's own number
+    tap = np.arange(stride) + padding - stride * outputs[:, None]
+    band = jax.nn.one_hot(tap, size, dtype=kernel.dtype)
+    cells = jnp.einsum("uat,vbs,tsio->uvoabi", band, band, kernel)
+    cells = cells.reshape(len(outputs), len(outputs), kernel.shape[3], -1)
+    edges = [
+        (-first, -(-n // stride) + last - out)
+        for n, out in zip(shape, gradient.shape[1:3], strict=True)
+    ]
+    padded = lax.pad(
+        gradient, jnp.zeros((), gradient.dtype), [(0, 0, 0), *((*e, 0) for e in edges), (0, 0, 0)]
+    )
+    return _depth_to_space(_native(padded, cells, 1, 0), stride)[:, : shape[0], : shape[1]]
+
+
+def _kernel_gradient(x: Array, gradient: Array, size: int, stride: int, padding: int) -> Array:
     """Gradient of the kernel, summed over blocks of images.
 
     The input as image, its channels as batch, convolved with the output gradient as kernel, its
     batch as channels. Both are transposed for that, which is cheapest where the cache holds them.
     """
+    edges = [(padding, padding - (n + 2 * padding - size) % stride) for n in x.shape[1:3]]
 
     def of_block(x: Array, gradient: Array) -> Array:
-        taps = gradient.transpose(1, 2, 0, 3)
-        return _native(x.transpose(3, 1, 2, 0), taps, 1, padding).transpose(1, 2, 0, 3)
+        taps = lax.conv_general_dilated(
+            x.transpose(3, 1, 2, 0),
+            gradient.transpose(1, 2, 0, 3),
+            (1, 1),
+            edges,
+            rhs_dilation=(stride, stride),
+            dimension_numbers=_LAYOUT,
+        )
+        return taps.transpose(1, 2, 0, 3)
 
     blocks = max(1, x.shape[0] // BLOCK)
     pairs = zip(jnp.array_split(x, blocks), jnp.array_split(gradient, blocks), strict=True)
