@@ -41,7 +41,9 @@ class Generator(nn.Module):
             x = ConvTranspose(
                 features, (4, 4), strides, padding, self.form, _WEIGHTS, name=f"up{stage + 1}"
             )(x)
-            x = nn.relu(BatchNorm(scale_init=_SCALES, form=self.form, name=f"norm{stage + 1}")(x, train))
+            x = nn.relu(
+                BatchNorm(scale_init=_SCALES, form=self.form, name=f"norm{stage + 1}")(x, train)
+            )
         x = ConvTranspose(self.channels, (1, 1), 1, 0, self.form, _WEIGHTS, name="colour")(x)
         return jnp.tanh(x.astype(jnp.float32))
 

@@ -112,6 +112,10 @@ class Federation:
         """Key of one stage and round of this run."""
         return rng.key(self.config.seed, stage, round)
 
+    def place(self, tree: PyTree) -> PyTree:
+        """Numbers, keys and arrays on every device: what compiled blocks are given."""
+        return parallel.replicated(self.mesh, tree)
+
     def fresh(self, tree: PyTree) -> PyTree:
         """A copy on every device, which a compiled block may take over (donation)."""
         copy = jax.jit(
@@ -129,7 +133,7 @@ class Federation:
         """The classifier's first weights, the same for all clients."""
         images = jnp.zeros((1, *self.dataset.image_shape))
         variables = jax.jit(self.model.init)(self.key("initial_variables"), images)
-        return parallel.replicated(self.mesh, variables)
+        return self.place(variables)
 
 
 def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:

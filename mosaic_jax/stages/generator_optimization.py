@@ -203,13 +203,13 @@ class ClientGenerator:
 def train(federation: Federation) -> Stage:
     """All clients' generators, `block_steps` steps of each in one compiled call."""
     settings, client = federation.config.generator_optimization, ClientGenerator(federation)
-    shared = {
-        "data": federation.data,
+    constants = {
         "key": federation.key("generator_optimization"),
-        "learning_rate": jnp.float32(settings.learning_rate),
-        "adversary_learning_rate": jnp.float32(settings.adversary_learning_rate),
-        "loss_weights": {name: jnp.float32(getattr(settings, name)) for name in LOSS_WEIGHTS},
+        "learning_rate": np.float32(settings.learning_rate),
+        "adversary_learning_rate": np.float32(settings.adversary_learning_rate),
+        "loss_weights": {name: np.float32(getattr(settings, name)) for name in LOSS_WEIGHTS},
     }
+    shared = {"data": federation.data} | federation.place(constants)
 
     start_all = federation.jit(federation.map(client.start))
     block_all = federation.jit(_paired(federation.map(client.block)), donate_argnums=2)
@@ -218,8 +218,8 @@ def train(federation: Federation) -> Stage:
         return federation.clients | {"frozen": state["clients"]}
 
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
-        first = shared | {"first_step": jnp.int32(index * settings.block_steps)}
-        return block_all(first, clients(state), carry)
+        first = {"first_step": federation.place(np.int32(index * settings.block_steps))}
+        return block_all(shared | first, clients(state), carry)
 
     z = jnp.zeros((1, settings.latent))
     upload = jax.eval_shape(client.generator.init, jax.random.key(0), z)

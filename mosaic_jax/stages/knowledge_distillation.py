@@ -123,19 +123,22 @@ def distil(federation: Federation) -> Stage:
     everywhere = NamedSharding(federation.mesh, P())
     steps = federation.jit(student.steps, donate_argnums=0, out_shardings=everywhere)
     evaluate = evaluator(federation)
-    constants = {
-        "weights": {name: jnp.float32(getattr(settings, name)) for name in LOSS_WEIGHTS},
-        "learning_rate": jnp.float32(settings.learning_rate),
-        "key": federation.key("knowledge_distillation"),
-    }
+    constants = federation.place(
+        {
+            "weights": {name: np.float32(getattr(settings, name)) for name in LOSS_WEIGHTS},
+            "learning_rate": np.float32(settings.learning_rate),
+            "key": federation.key("knowledge_distillation"),
+        }
+    )
 
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
         inputs = constants | {
             "teacher": {"experts": state["experts"], "meta": state["meta"]},
             "source": federation.data if settings.images == "real" else state["generators"],
         }
-        carry, metrics = steps(carry, inputs, jnp.int32(index * settings.block_steps))
-        if metrics["teacher_classes"] < FEWEST_CLASSES:
+        first = federation.place(np.int32(index * settings.block_steps))
+        carry, metrics = steps(carry, inputs, first)
+        if jax.device_get(metrics["teacher_classes"]) < FEWEST_CLASSES:
             log.warning(
                 "the teacher sees one class in nearly all distillation images: the generators "
                 "have collapsed, and the student learns nothing; train them longer"

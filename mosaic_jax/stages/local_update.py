@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mosaic_jax import rng
@@ -149,7 +150,7 @@ def warm_up(federation: Federation, run_round: Round) -> Stage:
 def size_weights(federation: Federation) -> Array:
     """FedAvg's weights n_i / sum_i n_i, [clients, 1]."""
     sizes = federation.counts.sum(axis=1, keepdims=True)
-    return jnp.asarray(sizes / sizes.sum(), jnp.float32)
+    return federation.place((sizes / sizes.sum()).astype(np.float32))
 
 
 def rounds(
@@ -169,15 +170,12 @@ def rounds(
     size = num_bytes(jax.eval_shape(federation.initial_variables))
     weights = size_weights(federation)
     schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
-    key = federation.key(name)
+    rates = [np.float32(schedule(index)) for index in range(count)]
+    key = federation.place(federation.key(name))
 
     def block(state: State, variables: Variables, index: int) -> tuple[Variables, PyTree]:
-        shared = {
-            "data": federation.data,
-            "learning_rate": jnp.float32(schedule(index)),
-            "key": key,
-            "first_step": jnp.int32(index * steps),
-        }
+        numbers = {"learning_rate": rates[index], "first_step": np.int32(index * steps)}
+        shared = {"data": federation.data, "key": key} | federation.place(numbers)
         result = run_round(variables, shared, federation.clients, weights)
         return result["global"], result["metrics"]
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -143,10 +144,11 @@ def train(federation: Federation) -> Stage:
     settings, training = federation.config.meta_model, MetaTraining(federation)
     everywhere = NamedSharding(federation.mesh, P())
     run = federation.jit(training.run, out_shardings=everywhere)
+    rate = federation.place(np.float32(settings.learning_rate))
 
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
         inputs = {name: state[name] for name in ("experts", "prototypes")}
-        mean, losses = run(inputs, jnp.float32(settings.learning_rate))
+        mean, losses = run(inputs, rate)
         return {"params": mean}, {"loss": losses[-10:].mean()}
 
     return Stage(

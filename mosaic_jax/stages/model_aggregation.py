@@ -45,13 +45,13 @@ def form_experts(federation: Federation) -> Stage:
     config = federation.config
     run_round = round_function(federation, config.model_aggregation.steps, keep=True)
     rows, _ = expert_weights(federation.counts)
-    weights = jnp.concatenate([size_weights(federation), jnp.asarray(rows).T], axis=1)
-    shared = {
-        "data": federation.data,
-        "learning_rate": jnp.float32(config.model_aggregation.learning_rate),
+    weights = jnp.concatenate([size_weights(federation), federation.place(rows.T)], axis=1)
+    constants = {
+        "learning_rate": np.float32(config.model_aggregation.learning_rate),
         "key": federation.key("model_aggregation"),
-        "first_step": jnp.int32(0),
+        "first_step": np.int32(0),
     }
+    shared = {"data": federation.data} | federation.place(constants)
     evaluate = evaluator(federation)
     size = num_bytes(jax.eval_shape(federation.initial_variables))
 

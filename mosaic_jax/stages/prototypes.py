@@ -152,7 +152,7 @@ def collect(federation: Federation) -> Stage:
         federation.map(lambda shared, client: client_prototypes(federation, shared, client))
     )
 
-    key = federation.key("prototypes")
+    key = federation.place(federation.key("prototypes"))
 
     def run(state: State) -> PyTree:
         shared = {"global": state["global"], "experts": state["experts"]}
