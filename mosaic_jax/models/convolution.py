@@ -205,7 +205,8 @@ def _kernel_gradient(x: Array, gradient: Array, size: int, stride: int, padding:
 
     # Every `blocks`-th image, so that images that lie on several devices stay where they are.
     blocks = x.shape[0] // BLOCK if x.shape[0] % BLOCK == 0 else 1
-    return sum(of_block(x[i::blocks], gradient[i::blocks]) for i in range(blocks))
+    parts = (of_block(x[i::blocks], gradient[i::blocks]) for i in range(blocks))
+    return sum(parts, jnp.zeros((), x.dtype))
 
 
 _own_gradients.defvjp(_forward, _backward)
