@@ -1,6 +1,8 @@
 """Settings: one definition, refused with one line that helps, and every one of them is read."""
 
 import ast
+import functools
+import gc
 import dataclasses
 import importlib.util
 import itertools
@@ -276,6 +278,16 @@ def test_every_default_is_among_the_choices():
 # --- every setting is read ---------------------------------------------------------------------
 
 
+@functools.cache
+def parsed(source):
+    """Without a garbage collection meanwhile, whose finalisers CPython 3.11 trips over in here."""
+    gc.disable()
+    try:
+        return ast.parse(source)
+    finally:
+        gc.enable()
+
+
 def unread(settings, sources):
     """Settings that no source reads.
 
@@ -291,7 +303,7 @@ def unread(settings, sources):
     sections = {path.split(".")[0] for path in settings if "." in path}
     read = set()
     for source in sources:
-        module = ast.parse(source)
+        module = parsed(source)
         words = {n.value for n in ast.walk(module) if isinstance(n, ast.Constant)}
         for scope in module.body:
             aliases = _aliases(scope, sections)
