@@ -1,9 +1,9 @@
 """Settings: one definition, refused with one line that helps, and every one of them is read."""
 
 import ast
+import dataclasses
 import functools
 import gc
-import dataclasses
 import importlib.util
 import itertools
 import json
