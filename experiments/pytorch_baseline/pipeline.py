@@ -141,21 +141,18 @@ class Mosaic:
 
     def vmapped_round(self, learning_rate: float, steps: int) -> local_update.State:
         """The round with all clients stacked, on full batches drawn with replacement."""
-        size, clients = self.config.local_update.batch_size, range(len(self.index))
+        size = self.config.local_update.batch_size
 
         def batch() -> tuple[Tensor, Tensor]:
-            chosen = [
-                index[torch.randint(len(index), (size,), device=self.device)]
-                for index in self.index
-            ]
-            images = torch.stack([data.take(self.images, chosen[client]) for client in clients])
+            draws = [torch.randint(len(index), (size,), device=self.device) for index in self.index]
+            chosen = [index[draw] for index, draw in zip(self.index, draws, strict=True)]
+            images = torch.stack([data.take(self.images, positions) for positions in chosen])
             return images, self.labels[torch.stack(chosen)]
 
         model = without_statistics(self.model)
-        received = [parameter.detach() for parameter in model.parameters()]
         return local_update.vmapped_round(
             model,
-            received,
+            [parameter.detach() for parameter in model.parameters()],
             (batch() for _ in range(steps)),
             self.sizes / self.sizes.sum(),
             self.config.local_update,

@@ -89,18 +89,11 @@ def _native(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     )
 
 
-def _patches(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+def _patches(x: Array, kernel: Array) -> Array:
     """One matrix product of all shifted images, `[pixels, k k in]`, with the kernel."""
     size = kernel.shape[0]
-    padded = _pad(x, padding)
-    height, width = ((n - size) // stride + 1 for n in padded.shape[1:3])
-    shifts = [
-        padded[:, a : a + (height - 1) * stride + 1 : stride][
-            :, :, b : b + (width - 1) * stride + 1 : stride
-        ]
-        for a in range(size)
-        for b in range(size)
-    ]
+    height, width = (n - size + 1 for n in x.shape[1:3])
+    shifts = [x[:, a : a + height, b : b + width] for a in range(size) for b in range(size)]
     return jnp.concatenate(shifts, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
@@ -241,12 +234,9 @@ def _doubled(x: Array, kernel: Array) -> Array:
     features = kernel.shape[-1]
     phases = kernel.reshape(2, 2, 2, 2, -1, features)[:, ::-1, :, ::-1]
     phases = phases.transpose(0, 2, 4, 1, 3, 5).reshape(2, 2, -1, 4 * features)
-    cells = _patches(_pad(x, 1), phases, 1, 0)
+    padded = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    cells = _patches(padded, phases)
     return _depth_to_space(cells, 2)[:, 1:-1, 1:-1]
-
-
-def _pad(x: Array, padding: int) -> Array:
-    return jnp.pad(x, [(0, 0), (padding, padding), (padding, padding), (0, 0)])
 
 
 def _space_to_depth(x: Array, cell: int) -> Array:
