@@ -237,7 +237,7 @@ def equations(jaxpr):
                 yield from equations(getattr(inner, "jaxpr", inner))
 
 
-@pytest.mark.parametrize("images", [5, 64, 130, 350])
+@pytest.mark.parametrize("images", [5, 64, 131, 350])
 def test_images_in_blocks_come_out_as_in_one_piece(images):
     x = jnp.arange(images * 6.0).reshape(images, 2, 3)
     sizes = []
