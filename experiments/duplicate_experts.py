@@ -19,7 +19,7 @@ from mosaic_jax import main, parallel
 from mosaic_jax.data import sources
 from mosaic_jax.stages import federation as federations
 from mosaic_jax.stages.federation import Federation
-from mosaic_jax.stages.model_aggregation import expert_logits, expert_weights
+from mosaic_jax.stages.model_aggregation import expert_weights, member_logits
 
 
 def build(arguments: argparse.Namespace, classes: int) -> Federation:
@@ -41,7 +41,7 @@ def row(arguments: argparse.Namespace, classes: int) -> list[str]:
     federation = build(arguments, classes)
     _, assignment = expert_weights(federation.counts)
     different = int(assignment.max()) + 1
-    logits = jax.jit(expert_logits(federation))
+    logits = jax.jit(member_logits(federation))
     images = jnp.zeros((TEACHER_IMAGES, *federation.dataset.image_shape))
 
     def seconds(experts: int) -> float:

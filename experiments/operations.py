@@ -18,7 +18,7 @@ from mosaic_jax.stages.federation import Federation, State
 from mosaic_jax.stages.generator_optimization import LOSS_WEIGHTS, ClientGenerator
 from mosaic_jax.stages.knowledge_distillation import LOSS_WEIGHTS as DISTILLATION_WEIGHTS
 from mosaic_jax.stages.knowledge_distillation import Student
-from mosaic_jax.stages.local_update import ClientUpdate
+from mosaic_jax.stages.local_update import Batch, ClientUpdate
 from mosaic_jax.stages.meta_model import MetaTraining
 from mosaic_jax.stages.model_aggregation import expert_weights
 
@@ -77,9 +77,11 @@ def of_local_update(federation: Federation, state: State) -> float:
         jax.value_and_grad(update.loss, has_aux=True),
         model["params"],
         model["batch_stats"],
-        images(federation, size),
-        jnp.zeros(size, jnp.int32),
-        jnp.ones(size),
+        Batch(
+            images(federation, size), jnp.zeros(size, jnp.int32), jnp.ones(size), jax.random.key(0)
+        ),
+        {},
+        {},
     )
 
 

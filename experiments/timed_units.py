@@ -86,10 +86,11 @@ def units(federation: Federation) -> tuple[dict[str, Unit], float]:
     plan = methods.stages("mosaic", federation)
     stages = {stage.name: stage for stage in plan}
     initial = {"global": federation.initial_variables()}
+    evaluate = evaluator(federation)
     start = time.perf_counter()
     before = pass_through(plan, initial)
+    evaluate(before["end"]["global"])
     first_pass = time.perf_counter() - start
-    evaluate = evaluator(federation)
     counted = operations(federation, before["end"])
 
     def block(name: str, count: int, items: str, each: float | None) -> Unit:

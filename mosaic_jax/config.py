@@ -43,10 +43,21 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Submodel:
+    """Which share R_i of every hidden layer's channels client i = 1..N holds."""
+
+    rho: int = 0  # R_i = (1/2)^min(sigma, floor(rho i / N)); 0: all hold the whole model
+    sigma: int = 4
+    capacities: tuple[float, ...] = ()  # R_i of each client, in place of rho and sigma
+    scheme: str = "rolling"  # static | rolling | random: the channels it is
+
+
+@dataclass(frozen=True)
 class LocalUpdate:
     """Rounds of local training and averaging (FedAvg)."""
 
     rounds: int = 300
+    clients_per_round: int = 0  # seeded draw of those who take part in a round; 0: all
     steps: int = 10  # SGD steps a client makes in a round
     batch_size: int = 64
     learning_rate: float = 0.01
@@ -56,11 +67,47 @@ class LocalUpdate:
 
 
 @dataclass(frozen=True)
+class FedProx:
+    """FedProx's own setting."""
+
+    mu: float = 0.01  # weight of half the squared distance from the received model
+
+
+@dataclass(frozen=True)
+class FedRS:
+    """FedRS's own setting."""
+
+    alpha: float = 0.5  # factor of the logits of classes a client does not hold; 1: FedAvg
+
+
+@dataclass(frozen=True)
+class FedGen:
+    """FedGen's own setting."""
+
+    weight: float = 10.0  # of the generator's terms in a client's loss in round 0; falls by 2% each
+
+
+@dataclass(frozen=True)
+class ServerDistillation:
+    """DENSE, FedFTG and DFRD: the server's generator and its global model, after every round."""
+
+    iterations: int = 10  # turns of generator and global model in a round
+    batch_size: int = 64
+    generator_learning_rate: float = 2e-4  # Adam, betas 0.5 and 0.999
+    learning_rate: float = 0.01  # SGD, of the global model
+    weight_decay: float = 1e-4
+    temperature: float = 10.0
+    adversarial_weight: float = 1.0  # of the disagreement the generator looks for
+    diversity_weight: float = 1.0  # of the mode-seeking term of FedFTG and DFRD
+
+
+@dataclass(frozen=True)
 class ModelAggregation:
     """The round whose client models become class-wise experts."""
 
     steps: int = 10  # local steps of that round
     learning_rate: float = 0.01
+    expert_mode: str = "parameters"  # parameters | logits: what class-wise weights average
 
 
 @dataclass(frozen=True)
@@ -159,11 +206,16 @@ class Config:
     """All settings of a run."""
 
     seed: int = 0
-    method: str = "mosaic"  # mosaic | fedavg
+    method: str = "mosaic"  # a name in `methods.METHODS`
     data: Data = field(default_factory=Data)
     partition: Partition = field(default_factory=Partition)
     model: Model = field(default_factory=Model)
+    submodel: Submodel = field(default_factory=Submodel)
     local_update: LocalUpdate = field(default_factory=LocalUpdate)
+    fedprox: FedProx = field(default_factory=FedProx)
+    fedrs: FedRS = field(default_factory=FedRS)
+    fedgen: FedGen = field(default_factory=FedGen)
+    server_distillation: ServerDistillation = field(default_factory=ServerDistillation)
     model_aggregation: ModelAggregation = field(default_factory=ModelAggregation)
     generator_optimization: GeneratorOptimization = field(default_factory=GeneratorOptimization)
     prototypes: Prototypes = field(default_factory=Prototypes)

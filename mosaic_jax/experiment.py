@@ -117,7 +117,7 @@ def claim(workdir: Path, config: Config) -> None:
       UserError: the directory belongs to another config; names a setting that differs.
     """
     path = workdir / "config.json"
-    settings = dataclasses.asdict(config)
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))  # as it is read back
     if path.exists():
         try:
             before = json.loads(path.read_text())

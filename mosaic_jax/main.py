@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mosaic_jax import experiment, parallel, report, settings
+from mosaic_jax import experiment, methods, parallel, report, settings
 from mosaic_jax.config import Config
 from mosaic_jax.data import sources
 from mosaic_jax.stages import federation as federations
@@ -94,7 +94,16 @@ def _settings(argv: list[str]) -> Config:
         raise UserError(
             f"unexpected argument {rest[1]!r}; settings are given as --config.name=value"
         )
-    return settings.from_config_dict(CONFIG.value.to_dict())
+    config = settings.from_config_dict(CONFIG.value.to_dict())
+    if config.method in methods.METHODS:
+        methods.check_used(config.method, _given(argv))
+    return config
+
+
+def _given(argv: list[str]) -> list[str]:
+    """The settings on the command line, dotted."""
+    flags_given = (argument.lstrip("-").partition("=")[0] for argument in argv[1:])
+    return [flag.removeprefix("config.") for flag in flags_given if flag.startswith("config.")]
 
 
 def _check_names(argv: list[str]) -> None:
@@ -143,14 +152,20 @@ def plan(federation: Federation, workdir: Path) -> Table:
     )
     table.add_column("client", justify="right")
     table.add_column("images", justify="right")
+    shares = federations.capacities(config)
+    narrow = min(shares) < 1
+    if narrow:
+        table.add_column("capacity", justify="right")
     for label in range(federation.counts.shape[1]):
         table.add_column(str(label), justify="right")
     for client in range(min(federation.num_clients, 20)):
         row = federation.counts[client]
-        table.add_row(str(client), str(row.sum()), *(str(n) if n else "·" for n in row))
+        held = [f"{shares[client]:g}"] if narrow else []
+        table.add_row(str(client), str(row.sum()), *held, *(str(n) if n else "·" for n in row))
     total = federation.counts.sum(axis=0)
     table.add_section()
-    table.add_row(f"all {federation.num_clients}", str(total.sum()), *map(str, total))
+    mean = [f"{np.mean(shares):.2f}"] if narrow else []
+    table.add_row(f"all {federation.num_clients}", str(total.sum()), *mean, *map(str, total))
     return table
 
 

@@ -42,12 +42,15 @@ def check_finite(stage: str, block: int, figures: Mapping[str, Any]) -> None:
     """Stop on NaN or infinity.
 
     Raises:
-      UserError: naming stage, block, metric and, for a metric per client, the client.
+      UserError: naming stage, block, metric and, for a metric per client, the client ("clients"
+        says whose the entries are, where not all take part).
     """
+    clients = figures.get("clients")
     for name, value in figures.items():
         bad = np.flatnonzero(~np.isfinite(np.atleast_1d(value)))
         if len(bad):
-            who = f" of client {bad[0]}" if np.ndim(value) else ""
+            number = bad[0] if clients is None else clients[bad[0]]
+            who = f" of client {number}" if np.ndim(value) else ""
             raise UserError(
                 f"{name}{who} is not finite in stage {stage}, block {block}; the last checkpoint "
                 "is kept. A smaller learning rate is the usual remedy"

@@ -55,14 +55,18 @@ def result_rows(workdir: Path) -> list[Row]:
 def _rows(run: Run) -> list[Row]:
     rounds = run.evaluations("local_update")
     if run.config.get("method") != "mosaic":
-        return _fedavg_rows(rounds) if rounds else []
+        own = run.evaluations("local_update", "client_")
+        return _round_rows(rounds, own) if rounds else []
     found = [(label, run.evaluations(*where)) for label, *where in MOSAIC_ROWS]
     rows: list[Row] = [(label, *each[-1][1:]) for label, each in found if each]
     return rows or [("global model, local update so far", *each[1:]) for each in rounds[-1:]]
 
 
-def _fedavg_rows(rounds: list[tuple[Any, ...]]) -> list[Row]:
-    """The global model at its last and best evaluation, and the mean of its last ten."""
+def _round_rows(rounds: list[tuple[Any, ...]], own: list[tuple[Any, ...]]) -> list[Row]:
+    """The global model at its last and best evaluation, and the mean of its last ten.
+
+    `own` are evaluations of models that clients keep for themselves (FedBN).
+    """
     latest = rounds[-10:]
     columns = list(zip(*latest, strict=True))[1:]
     means: list[Any] = [None if None in column else float(np.mean(column)) for column in columns]
@@ -71,6 +75,7 @@ def _fedavg_rows(rounds: list[tuple[Any, ...]]) -> list[Row]:
         ("global model, last round", *rounds[-1][1:]),
         (f"global model, best round on {chosen_on}", *best[1:]),
         (f"global model, mean of last {len(latest)} evaluations", *means),
+        *(("clients' own models, last round", *each[1:]) for each in own[-1:]),
     ]
 
 

@@ -24,6 +24,8 @@ CHOICES = {
     "partition.kind": ("dirichlet", "dirichlet_balanced", "iid"),
     "model.conv": ("auto", "native", "gradients"),
     "model.dtype": ("float32", "bfloat16"),
+    "submodel.scheme": ("static", "rolling", "random"),
+    "model_aggregation.expert_mode": ("parameters", "logits"),
     "generator_optimization.adversary": ("dcgan", "local"),
     "prototypes.features": ("experts", "global"),
     "knowledge_distillation.images": ("generated", "real"),
@@ -35,7 +37,10 @@ CHOICES = {
 MAY_BE_ZERO = {
     "seed",
     "partition.seed",
+    "submodel.rho",
+    "submodel.sigma",
     "local_update.rounds",
+    "local_update.clients_per_round",
     "generator_optimization.steps",
     "knowledge_distillation.steps",
     "fine_tuning.rounds",
@@ -56,7 +61,11 @@ FRACTIONS = {  # in [0, 1)
     "meta_model.ema",
     "meta_model.dropout",
 }
-POSITIVE = {"partition.alpha", "knowledge_distillation.temperature"}
+POSITIVE = {
+    "partition.alpha",
+    "knowledge_distillation.temperature",
+    "server_distillation.temperature",
+}
 
 
 def make(options: str, changes: Mapping[str, Any], small: Mapping[str, Any]) -> ConfigDict:
@@ -142,6 +151,8 @@ def _typed(path: str, value: Any, hint: Any) -> Any:
         return value
     if type(value) is int and float in allowed:
         return float(value)
+    if hint == tuple[float, ...] and isinstance(value, tuple | list):
+        return tuple(_typed(f"{path}[{i}]", entry, float) for i, entry in enumerate(value))
     names = " or ".join("nothing" if t is builtin_types.NoneType else t.__name__ for t in allowed)
     raise UserError(f"setting {path!r} takes {names}, not {value!r}")
 
@@ -161,6 +172,8 @@ def _check_value(path: str, value: Any) -> None:
         raise UserError(unknown(path, value, list(CHOICES[path])))
     if type(value) is int and value < (0 if path in MAY_BE_ZERO else 1):
         raise UserError(f"{path} = {value}: must be at least {0 if path in MAY_BE_ZERO else 1}")
+    if type(value) is tuple and not all(0 < entry <= 1 for entry in value):
+        raise UserError(f"{path} = {value}: every entry must lie in (0, 1]")
     if type(value) is float:
         if path in FRACTIONS and not 0 <= value < 1:
             raise UserError(f"{path} = {value}: must lie in [0, 1)")
@@ -171,7 +184,20 @@ def _check_value(path: str, value: Any) -> None:
 
 
 def _check_together(config: Config) -> None:
-    local = config.local_update
+    local, clients = config.local_update, config.partition.clients
+    if local.clients_per_round > clients:
+        raise UserError(
+            f"local_update.clients_per_round = {local.clients_per_round}, but there are {clients}"
+        )
+    shares = config.submodel.capacities
+    if shares and len(shares) != clients:
+        raise UserError(f"submodel.capacities has {len(shares)} entries for {clients} clients")
+    if shares and config.submodel.rho:
+        raise UserError("submodel.capacities and submodel.rho say the same thing; give one of them")
+    if config.generator_optimization.adversary == "local" and (shares or config.submodel.rho):
+        raise UserError(
+            "generator_optimization.adversary = 'local' needs clients that hold the whole model"
+        )
     if local.final_learning_rate is not None and not local.learning_rate:
         raise UserError(
             "local_update.final_learning_rate needs a local_update.learning_rate greater than 0"

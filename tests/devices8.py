@@ -10,8 +10,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mosaic_jax import parallel, rng
+from mosaic_jax.models import winograd
+from mosaic_jax.models.convolution import convolve
 
 ROUND = {"partition.clients": 5, "data.image_size": 8, "local_update.steps": 2}
 KEY = jax.random.key(7)
@@ -63,15 +67,32 @@ def one_round(devices, lanes=1):
     """One real round of local training of five clients: global model and metrics."""
     from conftest import tiny_federation
 
-    from mosaic_jax.stages import local_update
+    from mosaic_jax.stages.local_update import ClientUpdate
+    from mosaic_jax.stages.rounds import round_function, rounds
 
     layout = {"parallel.devices": devices, "parallel.lanes": lanes}
     federation = tiny_federation(**ROUND, **layout)
-    stage = local_update.rounds(
-        federation, local_update.round_function(federation, 2), "local_update", 1, 0.05
-    )
+    run_round = round_function(federation, ClientUpdate(federation, 2))
+    stage = rounds(federation, run_round, "local_update", 1, 0.05)
     state = {"global": federation.initial_variables()}
-    return stage.block(state, stage.start(state), 0)
+    carry, metrics = stage.block(state, stage.start(state), 0)
+    return carry["global"], {"loss": metrics["loss"], "accuracy": metrics["accuracy"]}
+
+
+def split_batch(devices):
+    """Gradients of a wide convolution whose images lie on several devices, and gathers of these."""
+    mesh = parallel.make_mesh(devices)
+    x = jax.random.normal(KEY, (64, 8, 8, 64))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 64, 64)) / 24
+    assert winograd.suits(x, kernel, 1, 1)
+
+    def loss(x, kernel):
+        return jnp.sum(jnp.sin(convolve(x, kernel, 1, 1, "gradients")))
+
+    places = NamedSharding(mesh, P(parallel.AXIS)), NamedSharding(mesh, P())
+    arguments = jax.device_put((x, kernel), places)
+    program = jax.jit(jax.grad(loss, (0, 1)), out_shardings=places).lower(*arguments).compile()
+    return program(*arguments), program.as_text().count("all-gather")
 
 
 def results():
@@ -87,6 +108,7 @@ def results():
         "16 on 8, 2 lanes": reduced(16, 8, 2),
         "16 pmapped": ({}, pmapped(16, 2)),
         "round on 8": one_round(8),
+        "split batch on 4": split_batch(4),
     }
 
 

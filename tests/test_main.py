@@ -27,28 +27,69 @@ def small(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     return command("--config=configs/base.py:small", f"--workdir={tmp_path / 'run'}", *arguments)
 
 
+DIGITS = "--config=configs/digits.py"
 BAD = {
     "no config": ([], "--config is missing"),
     "unknown config": (["--config=configs/digts.py"], "did you mean 'configs/digits.py'"),
     "unknown level": (["--config=configs/digits.py:sever"], "did you mean 'severe'"),
     "mistyped setting": (
-        ["--config=configs/digits.py", "--config.local_update.round=3"],
+        [DIGITS, "--config.local_update.round=3"],
         "unknown setting 'local_update.round'; did you mean 'local_update.rounds'?",
     ),
     "wrong type": (
-        ["--config=configs/digits.py", "--config.local_update.rounds=many"],
+        [DIGITS, "--config.local_update.rounds=many"],
         "local_update.rounds",
     ),
-    "alpha of zero": (["--config=configs/digits.py", "--config.partition.alpha=0"], "alpha"),
-    "alpha below zero": (["--config=configs/digits.py", "--config.partition.alpha=-1"], "alpha"),
+    "alpha of zero": ([DIGITS, "--config.partition.alpha=0"], "alpha"),
+    "alpha below zero": ([DIGITS, "--config.partition.alpha=-1"], "alpha"),
     "unknown data set": (
-        ["--config=configs/digits.py", "--config.data.name=digit"],
+        [DIGITS, "--config.data.name=digit"],
         "did you mean 'digits'",
     ),
-    "unknown model": (["--config=configs/digits.py", "--config.model.name=resnet81"], "resnet8"),
-    "unknown method": (["--config=configs/digits.py", "--config.method=mosaik"], "mosaic"),
+    "unknown model": ([DIGITS, "--config.model.name=resnet81"], "resnet8"),
+    "unknown method": ([DIGITS, "--config.method=mosaik"], "mosaic"),
+    "a setting of another method": (
+        [DIGITS, "--config.method=fedavg", "--config.fedprox.mu=0.1"],
+        "method 'fedavg' does not use 'fedprox.mu'",
+    ),
+    "a scheme where the method has one": (
+        [
+            "--config=configs/digits.py",
+            "--config.method=heterofl",
+            "--config.submodel.scheme=random",
+        ],
+        "method 'heterofl' does not use 'submodel.scheme'",
+    ),
+    "capacities of another number of clients": (
+        [DIGITS, "--config.submodel.capacities=(1.0, 0.5)"],
+        "submodel.capacities has 2 entries for 10 clients",
+    ),
+    "a capacity out of range": (
+        [
+            "--config=configs/digits.py",
+            "--config.partition.clients=2",
+            "--config.submodel.capacities=(1.0, 2.0)",
+        ],
+        "every entry must lie in (0, 1]",
+    ),
+    "budgets below zero": (
+        [DIGITS, "--config.submodel.rho=-1"],
+        "submodel.rho = -1: must be at least 0",
+    ),
+    "more participants than clients": (
+        [DIGITS, "--config.local_update.clients_per_round=11"],
+        "local_update.clients_per_round = 11, but there are 10",
+    ),
+    "a local adversary of half a model": (
+        [
+            "--config=configs/digits.py",
+            "--config.submodel.rho=5",
+            "--config.generator_optimization.adversary=local",
+        ],
+        "needs clients that hold the whole model",
+    ),
     "more clients than images": (
-        ["--config=configs/digits.py", "--config.partition.clients=2000"],
+        [DIGITS, "--config.partition.clients=2000"],
         "clients",
     ),
     "missing files": (
@@ -63,8 +104,8 @@ BAD = {
         ["--config=configs/base.py:small", "--config.parallel.devices=64"],
         "parallel.devices = 64",
     ),
-    "stray argument": (["--config=configs/digits.py", "severe"], "unexpected argument 'severe'"),
-    "unknown flag": (["--config=configs/digits.py", "--workdri=x"], "workdri"),
+    "stray argument": ([DIGITS, "severe"], "unexpected argument 'severe'"),
+    "unknown flag": ([DIGITS, "--workdri=x"], "workdri"),
 }
 
 

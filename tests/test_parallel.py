@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices8 import ROUND, inputs, one_round, reduced, train
+from devices8 import ROUND, inputs, one_round, reduced, split_batch, train
 
 from mosaic_jax import parallel
-from mosaic_jax.stages import local_update
+from mosaic_jax.stages.local_update import ClientUpdate
+from mosaic_jax.stages.rounds import round_function, rounds
 from mosaic_jax.types import UserError
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -83,10 +84,12 @@ def test_a_round_of_local_training_is_the_same_in_lanes_and_in_the_debug_loop(ma
     together, its_loss = one_round(1, lanes=3)
     assert_close((together, its_loss), (truth, loss), rtol=2e-4, atol=2e-5)
     federation = make_federation(**ROUND, **{"parallel.debug": True})
-    run_round = local_update.round_function(federation, 2)
-    stage = local_update.rounds(federation, run_round, "local_update", 1, 0.05)
+    run_round = round_function(federation, ClientUpdate(federation, 2))
+    stage = rounds(federation, run_round, "local_update", 1, 0.05)
     state = {"global": federation.initial_variables()}
-    assert_close(stage.block(state, stage.start(state), 0), (truth, loss), rtol=2e-4, atol=2e-5)
+    carry, metrics = stage.block(state, stage.start(state), 0)
+    found = carry["global"], {name: metrics[name] for name in loss}
+    assert_close(found, (truth, loss), rtol=2e-4, atol=2e-5)
 
 
 def test_five_clients_on_eight_devices_agree_with_one_device(eight):
@@ -101,6 +104,12 @@ def test_eleven_clients_on_any_devices_agree_with_the_debug_loop(eight, layout):
 
 def test_eight_devices_twice_are_exactly_equal(eight):
     assert_same(eight("11 on 8"), eight("11 on 8 again"))
+
+
+def test_a_split_batch_stays_where_it_is_in_a_wide_convolution(eight):
+    *gradients, gathers = eight("split batch on 4")
+    assert gathers == 0
+    assert_close(gradients, list(split_batch(1)[0]), rtol=1e-4, atol=1e-4)
 
 
 def test_pmap_of_vmap_gives_the_numbers_of_map_clients(eight):
@@ -167,10 +176,10 @@ def test_lanes_are_one_on_a_cpu_and_never_more_than_a_devices_clients():
 
 def test_rounds_and_learning_rates_share_one_compiled_program(make_federation, compilations):
     federation = make_federation(**ROUND)
-    run_round = local_update.round_function(federation, 2)
+    run_round = round_function(federation, ClientUpdate(federation, 2))
     schedule = [0.1, 0.05, 0.02, 0.0].__getitem__
-    stage = local_update.rounds(federation, run_round, "local_update", 4, schedule)
-    tuning = local_update.rounds(federation, run_round, "fine_tuning", 2, 1e-4)
+    stage = rounds(federation, run_round, "local_update", 4, schedule)
+    tuning = rounds(federation, run_round, "fine_tuning", 2, 1e-4)
     state = {"global": federation.initial_variables()}
     carry, _ = stage.block(state, stage.start(state), 0)
     assert compilations.count("jit(one_round)") == 1

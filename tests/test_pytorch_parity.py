@@ -37,11 +37,12 @@ from mosaic_jax.stages import (  # noqa: E402
     generator_ensemble,
     generator_optimization,
     knowledge_distillation,
-    local_update,
     meta_model,
     model_aggregation,
+    rounds,
 )
 from mosaic_jax.stages.evaluation import evaluator, predictor  # noqa: E402
+from mosaic_jax.stages.local_update import Batch, ClientUpdate  # noqa: E402
 
 TOLERANCE = 1e-4
 MOVED = 1e-3
@@ -210,6 +211,7 @@ def round_inputs(federation, rate=0.05):
         "learning_rate": jnp.float32(rate),
         "key": federation.key("parity"),
         "first_step": jnp.int32(0),
+        "round": jnp.int32(0),
     }
 
 
@@ -244,7 +246,7 @@ def test_evaluation(make_federation, record, name):
 def test_local_steps(residual, record, request, batch_norm):
     """More than an epoch of each client; the last batch of an epoch is smaller."""
     federation, steps, rate = residual, 3, 0.05
-    update = local_update.ClientUpdate(federation, steps, batch_norm)
+    update = ClientUpdate(federation, steps, batch_norm)
     inputs, variables = round_inputs(federation, rate), perturbed(federation)
     run = jax.jit(lambda client: update(inputs | {"variables": variables}, client))
     gradient_of = jax.jit(jax.grad(lambda *args: update.loss(*args)[0]))
@@ -259,9 +261,14 @@ def test_local_steps(residual, record, request, batch_norm):
             expected = gradient_of(
                 variables["params"],
                 variables["batch_stats"],
-                jnp.asarray(images.permute(0, 2, 3, 1).numpy()),
-                jnp.asarray(labels.numpy()),
-                jnp.ones(len(labels)),
+                Batch(
+                    jnp.asarray(images.permute(0, 2, 3, 1).numpy()),
+                    jnp.asarray(labels.numpy()),
+                    jnp.ones(len(labels)),
+                    inputs["key"],
+                ),
+                inputs,
+                client,
             )
             compare(record, "gradient", model, gradients(model), {"params": expected})
         model = classifier(federation, variables)
@@ -281,9 +288,10 @@ def test_round(federation, record, request):
     """FedAvg of all clients."""
     steps, inputs = 3, round_inputs(federation)
     variables = perturbed(federation)
-    run = local_update.round_function(federation, steps)
-    shares = local_update.size_weights(federation)
-    expected = run(federation.fresh(variables), inputs, federation.clients, shares)
+    run = rounds.round_function(federation, ClientUpdate(federation, steps))
+    sizes = rounds.size_weights(federation)
+    cohort = rounds.cohort_of(federation, np.arange(federation.num_clients), sizes)
+    expected = run({"global": federation.fresh(variables)}, inputs, cohort)
     model = classifier(federation, variables)
     server = [tensor.clone() for tensor in torch_local.tensors(model)]
     mean, kept, metrics = torch_local.federated_round(
@@ -293,12 +301,12 @@ def test_round(federation, record, request):
             client_batches(federation, member(federation.clients, i), inputs["key"], steps)
             for i in range(federation.num_clients)
         ],
-        np.asarray(shares)[:, 0],
+        sizes[:, 0] / sizes.sum(),
         federation.config.local_update,
         0.05,
     )
     torch._foreach_copy_(torch_local.tensors(model), mean)
-    compare_moved(request, model, variables, expected["global"])
+    compare_moved(request, model, variables, expected["carry"]["global"])
     record("loss", torch.stack([loss for loss, _ in metrics]), expected["metrics"]["loss"])
     assert kept == []
 
@@ -522,7 +530,7 @@ def test_meta_steps(make_federation, mixture, record, embedding):
         torch.from_numpy(features).movedim(1, 0).flatten(1, 3),
         mixture[1].assignment,
     )
-    record("prototypes", found, examples["logits"][:, training.assignment])
+    record("prototypes", found, training.mix(examples["logits"]))
 
     start = jax.jit(training.start)()
     own = weights.load(torch_meta(federation), {"params": start["params"]})

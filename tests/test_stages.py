@@ -26,11 +26,12 @@ from mosaic_jax.stages import (
     generator_losses,
     generator_optimization,
     knowledge_distillation,
-    local_update,
     meta_model,
     model_aggregation,
     prototypes,
+    rounds,
 )
+from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.types import Dataset
 
 KEY = jax.random.key(3)
@@ -328,7 +329,7 @@ def trained(federation, states):
         "key": federation.key("model_aggregation"),
         "first_step": 0,
     }
-    update = jax.jit(local_update.ClientUpdate(federation, settings.steps))
+    update = jax.jit(ClientUpdate(federation, settings.steps))
     return [update(shared, member(federation.clients, i))[0] for i in range(3)]
 
 
@@ -553,12 +554,12 @@ def test_traffic_is_what_the_arrays_weigh(make_federation, federation):
     centres = np.array([3, 6 * 3, 4 * 3 + 1])  # two images of class 7 make one
     stage = prototypes.collect(federation)
     assert_same(stage.upload, 4 * 16 * 6 * centres)
-    assert stage.download == 6 * size
+    assert_same(stage.download, [6 * size] * 3)
     blind = unequal(make_federation, **{"prototypes.features": "global"})
     assert_same(prototypes.collect(blind).upload, 4 * 16 * centres)
-    assert prototypes.collect(blind).download == 0
-    rounds = local_update.rounds(federation, None, "local_update", 7, 0.1)
-    assert (rounds.download, rounds.upload) == (7 * size, 7 * size)
+    assert_same(prototypes.collect(blind).download, [0] * 3)
+    seven = rounds.rounds(federation, None, "local_update", 7, 0.1)
+    assert_same([seven.download, seven.upload], [[7 * size] * 3] * 2)
 
 
 # --- the meta model ----------------------------------------------------------------------------

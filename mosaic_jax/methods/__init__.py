@@ -1,16 +1,85 @@
 """Methods: each module lists, in `stages(federation)`, which stages run in which order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from mosaic_jax.methods import fedavg, mosaic
+from mosaic_jax.methods import (
+    dense,
+    dfrd,
+    fedavg,
+    fedbn,
+    federated_dropout,
+    fedftg,
+    fedgen,
+    fedprox,
+    fedrolex,
+    fedrs,
+    heterofl,
+    mosaic,
+)
 from mosaic_jax.settings import unknown
 from mosaic_jax.stages.federation import Federation, Stage
 from mosaic_jax.types import UserError
 
 METHODS: dict[str, Callable[[Federation], list[Stage]]] = {
     "fedavg": fedavg.stages,
+    "fedprox": fedprox.stages,
+    "fedbn": fedbn.stages,
+    "fedrs": fedrs.stages,
+    "heterofl": heterofl.stages,
+    "fedrolex": fedrolex.stages,
+    "federated_dropout": federated_dropout.stages,
+    "fedgen": fedgen.stages,
+    "dense": dense.stages,
+    "fedftg": fedftg.stages,
+    "dfrd": dfrd.stages,
     "mosaic": mosaic.stages,
 }
+
+EVERY = {"data", "partition", "model", "submodel", "local_update", "parallel", "run"}
+"""Sections of settings that all methods read."""
+
+SERVER = {"server_distillation", "generator_optimization"}
+OWN = {
+    "fedprox": {"fedprox"},
+    "fedrs": {"fedrs"},
+    "fedgen": {"fedgen"},
+    **{
+        key: {"server_distillation", "generator_optimization"}
+        for key in ("dense", "fedftg", "dfrd")
+    },
+    "mosaic": {
+        "model_aggregation",
+        "generator_optimization",
+        "prototypes",
+        "meta_model",
+        "knowledge_distillation",
+        "fine_tuning",
+    },
+}
+"""Those of one method alone."""
+
+FIXED = {key: {"submodel.scheme"} for key in ("heterofl", "fedrolex", "federated_dropout")}
+"""Settings that a method's definition leaves no choice of."""
+
+
+def check_used(name: str, given: Iterable[str]) -> None:
+    """Refuse settings that a user gives and the method does not read.
+
+    Args:
+      name: of the method.
+      given: dotted settings.
+
+    Raises:
+      UserError: naming the setting and the sections the method has.
+    """
+    own = OWN.get(name, set())
+    for setting in given:
+        section, _, rest = setting.partition(".")
+        if setting in FIXED.get(name, set()) or (rest and section not in EVERY | own):
+            raise UserError(
+                f"method {name!r} does not use {setting!r}; its sections are "
+                f"{', '.join(sorted(EVERY | own))}"
+            )
 
 
 def stages(name: str, federation: Federation) -> list[Stage]:

@@ -9,12 +9,13 @@ from mosaic_jax.config import needs_generators
 from mosaic_jax.stages import (
     generator_optimization,
     knowledge_distillation,
-    local_update,
     meta_model,
     model_aggregation,
     prototypes,
+    rounds,
 )
 from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.stages.local_update import ClientUpdate
 
 
 def stages(federation: Federation) -> list[Stage]:
@@ -25,22 +26,24 @@ def stages(federation: Federation) -> list[Stage]:
     """
     config = federation.config
     distillation, fine_tuning = config.knowledge_distillation, config.fine_tuning
-    run_round = local_update.round_function(federation, config.local_update.steps)
-    plan = [
-        local_update.warm_up(federation, run_round),
-        model_aggregation.form_experts(federation),
-    ]
+    update = ClientUpdate(federation, config.local_update.steps)
+    run_round = rounds.round_function(federation, update)
+    plan = [rounds.warm_up(federation, run_round), model_aggregation.form_experts(federation)]
     if needs_generators(config):
         plan.append(generator_optimization.train(federation))
     plan += [prototypes.collect(federation), meta_model.train(federation)]
     if distillation.steps:
         plan.append(knowledge_distillation.distil(federation))
-    student = "student" if distillation.steps else "global"
     if fine_tuning.batch_norm == "frozen":
-        run_round = local_update.round_function(
-            federation, config.local_update.steps, batch_norm="frozen"
-        )
-    tuning = local_update.rounds(
-        federation, run_round, "fine_tuning", fine_tuning.rounds, fine_tuning.learning_rate, student
+        update = ClientUpdate(federation, config.local_update.steps, batch_norm="frozen")
+        run_round = rounds.round_function(federation, update)
+    tuning = rounds.rounds(
+        federation,
+        run_round,
+        "fine_tuning",
+        fine_tuning.rounds,
+        fine_tuning.learning_rate,
+        model="student" if distillation.steps else "global",
+        first_round=config.local_update.rounds + 1,
     )
     return [*plan, tuning]

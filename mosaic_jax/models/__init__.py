@@ -6,7 +6,13 @@ from functools import partial
 import flax.linen as nn
 
 from mosaic_jax.models.cnn import CNN
-from mosaic_jax.models.generator import Discriminator, Generator, RealFakeHead
+from mosaic_jax.models.generator import (
+    ConditionalGenerator,
+    Discriminator,
+    Generator,
+    LatentGenerator,
+    RealFakeHead,
+)
 from mosaic_jax.models.layers import head_logits
 from mosaic_jax.models.meta import MetaModel
 from mosaic_jax.models.resnet import ResNet
@@ -16,8 +22,10 @@ from mosaic_jax.types import UserError
 __all__ = [
     "CLASSIFIERS",
     "CNN",
+    "ConditionalGenerator",
     "Discriminator",
     "Generator",
+    "LatentGenerator",
     "MetaModel",
     "RealFakeHead",
     "ResNet",

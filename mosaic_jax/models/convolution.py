@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mosaic_jax.models import winograd
+from mosaic_jax.models.mesh_axes import same_mesh_axes
 from mosaic_jax.types import Array
 
 FORMS = ("auto", "native", "gradients")
@@ -113,17 +115,21 @@ def _backward(
     stride: int, padding: int, saved: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     x, kernel = saved
+    if winograd.suits(x, kernel, stride, padding):
+        return winograd.input_gradient(gradient, kernel), winograd.kernel_gradient(x, gradient)
     for_input = _input_gradient(gradient, kernel, stride, padding, x.shape[1:3])
     return for_input, _kernel_gradient(x, gradient, kernel.shape[0], stride, padding)
 
 
 def _correlate(x: Array, kernel: Array, stride: int, padding: int) -> Array:
-    """The native convolution; where channels are few, several pixels of the output at once.
+    """Winograd's where it suits; else native, of several pixels at once where channels are few.
 
     A stride along a row that is `cell` times as long, and a banded kernel, give `cell` pixels of a
     row as channels, which is their order in memory. More operations, by `(cell - 1) stride / k`,
     but in matrices that are large enough for XLA:CPU's fast products.
     """
+    if winograd.suits(x, kernel, stride, padding):
+        return winograd.correlate(x, kernel)
     size, (inputs, outputs) = kernel.shape[0], kernel.shape[2:]
     width = (x.shape[2] + 2 * padding - size) // stride + 1
     cell = _cell(inputs, outputs, width)
@@ -249,22 +255,3 @@ def _depth_to_space(x: Array, cell: int) -> Array:
     batch, height, width, _ = x.shape
     x = x.reshape(batch, height, width, cell, cell, -1).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, height * cell, width * cell, -1)
-
-
-def same_mesh_axes(*arrays: Array) -> tuple[Array, ...]:
-    """Inside `shard_map`, marks all arrays as varying over the same mesh axes.
-
-    A gradient rule of one's own must return what varies like its argument; with the mark outside
-    the rule, autodiff adds the sum over devices that a replicated kernel needs.
-    """
-    axes = frozenset().union(*map(_varying, arrays))
-
-    def mark(array: Array) -> Array:
-        missing = tuple(axes - _varying(array))
-        return lax.pcast(array, missing, to="varying") if missing else array
-
-    return tuple(map(mark, arrays))
-
-
-def _varying(array: Array) -> frozenset[str]:
-    return jax.typeof(array).manual_axis_type.varying

@@ -5,6 +5,7 @@ Methods, section 3. Images are in [-1, 1] on both sides. The 32-pixel networks a
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from mosaic_jax.models.layers import BatchNorm, Conv, ConvTranspose, Dense, normal
@@ -48,6 +49,46 @@ class Generator(nn.Module):
         return jnp.tanh(x.astype(jnp.float32))
 
 
+class ConditionalGenerator(nn.Module):
+    """A generator that is told the class: methods, section 6.
+
+    `combine` is how: "product" of z with a learnt embedding of the class (DFRD), or
+    "concatenation" of z and the class (DENSE, FedFTG); `generator` takes what that gives.
+    """
+
+    generator: Generator
+    num_classes: int
+    combine: str
+
+    @nn.compact
+    def __call__(self, z: Array, labels: Array, train: bool = False) -> tuple[Array, Array, Array]:
+        """`[batch, latent]` and `[batch]` to images, what drew them, and the class's embedding."""
+        if self.combine == "concatenation":
+            embedding = jax.nn.one_hot(labels, self.num_classes)
+            h = jnp.concatenate([z, embedding], axis=-1)
+        else:
+            table = self.param("embedding", normal(1.0), (self.num_classes, z.shape[-1]))
+            embedding = table[labels]
+            h = z * embedding
+        return self.generator(h, train), h, embedding
+
+
+class LatentGenerator(nn.Module):
+    """FedGen's: noise and class to a classifier's features, no image (methods, section 6)."""
+
+    features: int
+    num_classes: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, noise: Array, labels: Array, train: bool = False) -> Array:
+        """`[batch, d]` in [0, 1] and `[batch]` to features `[batch, features]`, not negative."""
+        x = jnp.concatenate([noise, jax.nn.one_hot(labels, self.num_classes)], axis=-1)
+        x = Dense(self.hidden, name="hidden")(x)
+        x = nn.relu(BatchNorm(name="norm")(x, train))
+        return nn.relu(Dense(self.features, name="features")(x))
+
+
 class Discriminator(nn.Module):
     """Images to real/fake logits; losses use softplus, so there is no sigmoid here."""
 
@@ -62,12 +103,12 @@ class Discriminator(nn.Module):
         """`[batch, image_size, image_size, channels]` in [-1, 1] to logits `[batch]`."""
         x = images.astype(self.dtype)
         for stage, features in enumerate(_widths(self.image_size, self.width)):
-            x = Conv(features, (4, 4), 2, 1, False, self.form, _WEIGHTS, name=f"down{stage + 1}")(x)
+            x = Conv(features, (4, 4), 2, 1, self.form, _WEIGHTS, name=f"down{stage + 1}")(x)
             if stage > 0:
                 norm = BatchNorm(scale_init=_SCALES, form=self.form, name=f"norm{stage + 1}")
                 x = norm(x, train, mask)
             x = nn.leaky_relu(x, 0.2)
-        x = Conv(1, (2, 2), 2, 0, False, self.form, _WEIGHTS, name="verdict")(x)
+        x = Conv(1, (2, 2), 2, 0, self.form, _WEIGHTS, name="verdict")(x)
         return x[:, 0, 0, 0].astype(jnp.float32)
 
 

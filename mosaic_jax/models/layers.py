@@ -80,27 +80,27 @@ def head_logits(params: PyTree, features: Array) -> Array:
 
 
 class Conv(nn.Module):
-    """Square convolution with symmetric integer padding; see `convolution.convolve`."""
+    """Square convolution with symmetric integer padding; see `convolution.convolve`.
+
+    `capacity` is the share of the full width that a sub-model holds; its outputs are divided by it
+    (HeteroFL's scaler), so that they are as large as the full model's.
+    """
 
     features: int
     kernel_size: tuple[int, int] = (3, 3)
     strides: int = 1
     padding: int = 1
-    use_bias: bool = False
     form: str = "auto"
     kernel_init: Initializer = torch_uniform
+    capacity: float = 1.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[batch, height, width, in]` to `[batch, height', width', features]`."""
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(x.dtype)
-        y = convolve(x, kernel, self.strides, self.padding, self.form)
-        if self.use_bias:
-            y = y + self.param("bias", _bias_init(math.prod(shape[:-1])), shape[-1:]).astype(
-                x.dtype
-            )
-        return y
+        kernel = kernel if self.capacity == 1 else kernel / self.capacity
+        return convolve(x, kernel, self.strides, self.padding, self.form)
 
 
 class ConvTranspose(nn.Module):

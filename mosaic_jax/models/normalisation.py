@@ -9,7 +9,7 @@ of CPU time against 2.3. `plain_batch_norm` is for GPU and TPU. Padded examples 
 import jax
 import jax.numpy as jnp
 
-from mosaic_jax.models.convolution import same_mesh_axes
+from mosaic_jax.models.mesh_axes import same_mesh_axes
 from mosaic_jax.types import Array
 
 _Saved = tuple[Array, Array, Array, Array, Array]

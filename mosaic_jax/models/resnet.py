@@ -4,10 +4,13 @@ Depths 18, 34 and 50 have the CIFAR layout of the Mosaic reference with global a
 depth 8 is the three-stage CIFAR ResNet with one block a stage, for runs on a CPU.
 """
 
+from dataclasses import dataclass
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from mosaic_jax.models.layers import BatchNorm, Conv, Dense, normalise_images
+from mosaic_jax.models.submodel import Streams, share
 from mosaic_jax.types import Array, Outputs
 
 BLOCKS = {8: (1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
@@ -24,21 +27,78 @@ class ResNet(nn.Module):
     std: tuple[float, ...] = (0.5,)
     form: str = "auto"
     dtype: str = "float32"
+    capacity: float = 1.0
+
+    @property
+    def bottleneck(self) -> bool:
+        """Whether blocks are of three convolutions, with an output four times as wide."""
+        return self.depth == 50
+
+    def blocks(self) -> list[tuple[int, int, bool]]:
+        """Of each block: its stage, counted from 0, its number there, and whether it projects."""
+        return [
+            (stage, index, index == 0 and (stage > 0 or self.bottleneck))
+            for stage, blocks in enumerate(BLOCKS[self.depth])
+            for index in range(blocks)
+        ]
+
+    def streams(self) -> Streams:
+        """See `submodel.Streams`: one a stage, of all that its shortcuts add, and inner ones."""
+        stem = "stem" if self.bottleneck else "stage1"
+        layers: dict[str, tuple[str | None, str | None]] = {"stem": (None, stem)}
+        layers["stem_norm"] = (None, stem)
+        before = stem
+        for stage, index, projects in self.blocks():
+            after, name = f"stage{stage + 1}", f"stage{stage + 1}_block{index + 1}"
+            inner = [f"{name}_{part}" for part in range(1, 3 if self.bottleneck else 2)]
+            ends = [before, *inner, after]
+            for part in range(1, len(ends)):
+                layers[f"{name}/conv{part}"] = (ends[part - 1], ends[part])
+                layers[f"{name}/norm{part}"] = (None, ends[part])
+            if projects:
+                layers[f"{name}/shortcut/conv"] = (before, after)
+                layers[f"{name}/shortcut/norm"] = (None, after)
+            before = after
+        return layers | {"head": (before, None)}
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Outputs:
         """Classifies `[batch, height, width, channels]`; `mask` `[batch]` marks real examples."""
         x = normalise_images(images, self.mean, self.std).astype(self.dtype)
-        x = Conv(self.width, form=self.form, name="stem")(x)
-        x = nn.relu(BatchNorm(form=self.form, name="stem_norm")(x, train, mask))
-        block = BottleneckBlock if self.depth == 50 else BasicBlock
-        for stage, blocks in enumerate(BLOCKS[self.depth]):
-            for index in range(blocks):
-                strides = 2 if stage > 0 and index == 0 else 1
-                name = f"stage{stage + 1}_block{index + 1}"
-                x = block(self.width * 2**stage, strides, self.form, name=name)(x, train, mask)
+        layers = Layers(self.form, self.capacity)
+        x = layers.conv(self.width, name="stem")(x)
+        x = nn.relu(layers.norm(name="stem_norm")(x, train, mask))
+        block = BottleneckBlock if self.bottleneck else BasicBlock
+        for stage, index, projects in self.blocks():
+            strides = 2 if stage > 0 and index == 0 else 1
+            name = f"stage{stage + 1}_block{index + 1}"
+            x = block(self.width * 2**stage, strides, projects, layers, name=name)(x, train, mask)
         features = x.mean(axis=(1, 2)).astype(jnp.float32)
         return Outputs(logits=Dense(self.num_classes, name="head")(features), features=features)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Makes the layers of one network: all of one form and capacity."""
+
+    form: str
+    capacity: float
+
+    def conv(self, features: int, size: int = 3, strides: int = 1, name: str | None = None) -> Conv:
+        """A convolution that keeps the map at stride 1; `features` of the whole model."""
+        return Conv(
+            share(features, self.capacity),
+            (size, size),
+            strides,
+            size // 2,
+            self.form,
+            capacity=self.capacity,
+            name=name,
+        )
+
+    def norm(self, name: str) -> BatchNorm:
+        """A batch norm."""
+        return BatchNorm(form=self.form, name=name)
 
 
 class BasicBlock(nn.Module):
@@ -46,18 +106,22 @@ class BasicBlock(nn.Module):
 
     features: int
     strides: int
-    form: str
+    projects: bool
+    layers: Layers
 
     @nn.compact
     def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
         """`[batch, height, width, in]` to `[batch, height / strides, ..., features]`."""
-        y = Conv(self.features, strides=self.strides, form=self.form, name="conv1")(x)
-        y = nn.relu(BatchNorm(form=self.form, name="norm1")(y, train, mask))
-        y = Conv(self.features, form=self.form, name="conv2")(y)
-        y = BatchNorm(form=self.form, name="norm2")(y, train, mask)
-        return nn.relu(
-            y + Shortcut(self.features, self.strides, self.form, name="shortcut")(x, train, mask)
-        )
+        conv, norm = self.layers.conv, self.layers.norm
+        y = conv(self.features, strides=self.strides, name="conv1")(x)
+        y = nn.relu(norm(name="norm1")(y, train, mask))
+        y = conv(self.features, name="conv2")(y)
+        y = norm(name="norm2")(y, train, mask)
+        if self.projects:
+            x = Projection(self.features, self.strides, self.layers, name="shortcut")(
+                x, train, mask
+            )
+        return nn.relu(y + x)
 
 
 class BottleneckBlock(nn.Module):
@@ -65,32 +129,33 @@ class BottleneckBlock(nn.Module):
 
     features: int
     strides: int
-    form: str
+    projects: bool
+    layers: Layers
 
     @nn.compact
     def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
         """`[batch, height, width, in]` to `[batch, height / strides, ..., 4 features]`."""
-        wide = 4 * self.features
-        y = Conv(self.features, (1, 1), padding=0, form=self.form, name="conv1")(x)
-        y = nn.relu(BatchNorm(form=self.form, name="norm1")(y, train, mask))
-        y = Conv(self.features, strides=self.strides, form=self.form, name="conv2")(y)
-        y = nn.relu(BatchNorm(form=self.form, name="norm2")(y, train, mask))
-        y = Conv(wide, (1, 1), padding=0, form=self.form, name="conv3")(y)
-        y = BatchNorm(form=self.form, name="norm3")(y, train, mask)
-        return nn.relu(y + Shortcut(wide, self.strides, self.form, name="shortcut")(x, train, mask))
+        conv, norm, wide = self.layers.conv, self.layers.norm, 4 * self.features
+        y = conv(self.features, 1, name="conv1")(x)
+        y = nn.relu(norm(name="norm1")(y, train, mask))
+        y = conv(self.features, strides=self.strides, name="conv2")(y)
+        y = nn.relu(norm(name="norm2")(y, train, mask))
+        y = conv(wide, 1, name="conv3")(y)
+        y = norm(name="norm3")(y, train, mask)
+        if self.projects:
+            x = Projection(wide, self.strides, self.layers, name="shortcut")(x, train, mask)
+        return nn.relu(y + x)
 
 
-class Shortcut(nn.Module):
-    """Identity, or 1x1 convolution and batch norm where the stride or the width changes."""
+class Projection(nn.Module):
+    """The shortcut where the stride or the width changes: 1x1 convolution and batch norm."""
 
     features: int
     strides: int
-    form: str
+    layers: Layers
 
     @nn.compact
     def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
         """`[batch, height, width, in]` to `[batch, height / strides, ..., features]`."""
-        if self.strides == 1 and x.shape[-1] == self.features:
-            return x
-        y = Conv(self.features, (1, 1), self.strides, 0, form=self.form, name="conv")(x)
-        return BatchNorm(form=self.form, name="norm")(y, train, mask)
+        y = self.layers.conv(self.features, 1, self.strides, name="conv")(x)
+        return self.layers.norm(name="norm")(y, train, mask)

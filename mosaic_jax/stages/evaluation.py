@@ -68,9 +68,55 @@ def predictor(
     mapped = federation.jit(one_by_one if logits else federation.map(classify))
 
     def predict(variables: PyTree, images: np.ndarray) -> np.ndarray:
-        filled = np.pad(images, [(0, -len(images) % CHUNK), *[(0, 0)] * 3])
-        chunks = jnp.asarray(filled.reshape(-1, CHUNK, *images.shape[1:]))
-        result = mapped(variables, parallel.replicated(federation.mesh, chunks))
+        chunks = parallel.replicated(federation.mesh, _chunks(images))
+        result = mapped(variables, chunks)
         return np.asarray(jax.device_get(result)).reshape(-1, result.shape[-1])[: len(images)]
 
     return predict
+
+
+def personal_evaluator(
+    federation: Federation, own_model: Callable[[PyTree, PyTree], PyTree]
+) -> Callable[[PyTree, PyTree], dict[str, float]]:
+    """Compile `evaluate(variables, owns [clients, ...]) -> figures` of the clients' own models.
+
+    Args:
+      federation: test set and layout.
+      own_model: (variables, own) -> variables of ONE client's model.
+
+    Returns:
+      A function giving `client_test_accuracy`, the mean over clients of their models' accuracy on
+      the whole test set, and `client_local_test_accuracy`, on test images that follow the
+      client's class distribution.
+    """
+    dataset, shards = federation.dataset, federation.local_shards
+
+    def classify(shared: PyTree, own: PyTree) -> Array:
+        model = own_model(shared["variables"], own)
+
+        def of_chunk(images: Array) -> Array:
+            return federation.outputs(model, to_float(images)).logits.argmax(-1)
+
+        return jax.lax.map(of_chunk, shared["chunks"]).reshape(-1)
+
+    mapped = federation.jit(federation.map(classify))
+
+    def evaluate(variables: PyTree, owns: PyTree) -> dict[str, float]:
+        chunks = parallel.replicated(federation.mesh, _chunks(dataset.test_images))
+        chosen = jax.device_get(mapped({"variables": variables, "chunks": chunks}, owns))
+        correct = chosen[:, : len(dataset.test_labels)] == dataset.test_labels
+        local = [
+            own[shard].mean() for own, shard in zip(correct, shards, strict=True) if len(shard)
+        ]
+        return {
+            "client_test_accuracy": float(correct.mean()),
+            "client_local_test_accuracy": float(np.mean(local)),
+        }
+
+    return evaluate
+
+
+def _chunks(images: np.ndarray) -> Array:
+    """Images [n, ...] as [chunks, CHUNK, ...], filled up with black ones."""
+    filled = np.pad(images, [(0, -len(images) % CHUNK), *[(0, 0)] * 3])
+    return jnp.asarray(filled.reshape(-1, CHUNK, *images.shape[1:]))

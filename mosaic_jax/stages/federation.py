@@ -20,7 +20,7 @@ from mosaic_jax import parallel, rng
 from mosaic_jax.config import Config
 from mosaic_jax.data import clients as client_data
 from mosaic_jax.data.partition import class_counts, local_test_shards, partition, split_validation
-from mosaic_jax.models import build_classifier
+from mosaic_jax.models import build_classifier, submodel
 from mosaic_jax.types import Array, Dataset, Outputs, PyTree, Variables
 
 State = dict[str, PyTree]
@@ -58,12 +58,28 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Clients of one capacity, hence of the same shapes.
+
+    Attributes:
+      capacity: share R of every hidden layer's channels, in (0, 1].
+      model: the classifier of that width.
+      members: their numbers, in order.
+    """
+
+    capacity: float
+    model: nn.Module
+    members: np.ndarray
+
+
+@dataclass(frozen=True)
 class Federation:
     """Clients, their data on the devices, the server's test set, the classifier and the mesh.
 
     Attributes:
       config: all settings.
-      model: the classifier every client trains.
+      model: the whole classifier.
+      groups: clients by capacity, the largest first.
       mesh: the devices, one axis `clients`.
       data: {"images" uint8 [n, h, w, c], "labels" int32 [n]}, on every device.
       clients: packed index lists (`data.clients.pack`), [clients, ...].
@@ -76,6 +92,7 @@ class Federation:
 
     config: Config
     model: nn.Module
+    groups: list[Group]
     mesh: Mesh
     data: PyTree
     clients: PyTree
@@ -135,6 +152,11 @@ class Federation:
         variables = jax.jit(self.model.init)(self.key("initial_variables"), images)
         return self.place(variables)
 
+    def shapes(self, model: nn.Module) -> Variables:
+        """Shapes of a classifier's variables; nothing is computed."""
+        images = jnp.zeros((1, *self.dataset.image_shape))
+        return cast(Variables, jax.eval_shape(model.init, jax.random.key(0), images))
+
 
 def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
     """Partition a data set over clients and put it on the mesh.
@@ -164,6 +186,7 @@ def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
     return Federation(
         config=config,
         model=model,
+        groups=_groups(model, capacities(config)),
         mesh=mesh,
         data=parallel.replicated(mesh, data),
         clients=parallel.replicated(mesh, client_data.pack(indices, dataset.train_labels, classes)),
@@ -173,6 +196,32 @@ def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
         dataset=dataset,
         local_shards=local_test_shards(dataset.test_labels, counts, seed),
     )
+
+
+def capacities(config: Config) -> list[float]:
+    """R_i of every client."""
+    settings = config.submodel
+    if settings.capacities:
+        return list(settings.capacities)
+    return submodel.budgets(config.partition.clients, settings.rho, settings.sigma)
+
+
+def _groups(model: nn.Module, shares: list[float]) -> list[Group]:
+    """Clients by capacity.
+
+    Raises:
+      UserError: sub-models of a classifier that has none.
+    """
+    if min(shares) < 1:
+        submodel.streams_of(model)
+    return [
+        Group(
+            capacity=capacity,
+            model=model if capacity == 1 else model.clone(capacity=capacity),
+            members=np.flatnonzero(np.array(shares) == capacity),
+        )
+        for capacity in sorted(set(shares), reverse=True)
+    ]
 
 
 def num_bytes(tree: PyTree) -> int:

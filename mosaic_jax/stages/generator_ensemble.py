@@ -13,15 +13,15 @@ from mosaic_jax.stages.federation import Federation
 from mosaic_jax.types import Array, PyTree, Variables
 
 
-def build(federation: Federation) -> Generator:
-    """The generator of images of the federation's data set."""
+def build(federation: Federation, latent: int | None = None) -> Generator:
+    """The generator of images of the federation's data set; `latent` in place of its setting."""
     settings = federation.config.generator_optimization
     height, _, channels = federation.dataset.image_shape
     return Generator(
         image_size=height,
         channels=channels,
         width=settings.width,
-        latent=settings.latent,
+        latent=latent or settings.latent,
         form=federation.config.model.conv,
         dtype=federation.config.model.dtype,
     )

@@ -20,7 +20,7 @@ from mosaic_jax.models import MetaModel, head_logits
 from mosaic_jax.parallel import AXIS
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State
-from mosaic_jax.stages.model_aggregation import expert_logits, expert_weights
+from mosaic_jax.stages.model_aggregation import member_logits, mixture
 from mosaic_jax.types import Array, PyTree
 
 
@@ -38,11 +38,10 @@ def build(federation: Federation) -> MetaModel:
 
 def teacher_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
     """The MoE teacher: `({"experts", "meta"}, images [batch, ...]) -> logits [batch, classes]`."""
-    model, logits = build(federation), expert_logits(federation)
-    _, assignment = expert_weights(federation.counts)
+    model, logits, mix = build(federation), member_logits(federation), mixture(federation)
 
     def teacher(variables: PyTree, images: Array) -> Array:
-        tokens = logits(variables["experts"], images)[:, assignment]
+        tokens = mix(logits(variables["experts"], images))
         return cast(Array, model.apply(variables["meta"], tokens))
 
     return teacher
@@ -50,11 +49,10 @@ def teacher_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
 
 def uniform_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
     """The plain ensemble: the mean of all class experts' logits, as DENSE and DFRD average them."""
-    logits = expert_logits(federation)
-    _, assignment = expert_weights(federation.counts)
+    logits, mix = member_logits(federation), mixture(federation)
 
     def ensemble(variables: PyTree, images: Array) -> Array:
-        return logits(variables["experts"], images)[:, assignment].mean(axis=1)
+        return mix(logits(variables["experts"], images)).mean(axis=1)
 
     return ensemble
 
@@ -63,10 +61,10 @@ def training_set(state: State) -> PyTree:
     """What the meta model learns from: the prototypes as the experts' heads see them.
 
     Returns:
-      "logits" of the experts [examples, experts, classes], "labels" [examples], and, packed like a
+      "logits" of the members [examples, members, classes], "labels" [examples], and, packed like a
       client's images, "index" with the valid examples first and their number "size".
     """
-    features = jnp.moveaxis(state["prototypes"]["features"], 1, -2)  # [N, C, k, experts, d]
+    features = jnp.moveaxis(state["prototypes"]["features"], 1, -2)  # [N, C, k, members, d]
     heads = jax.vmap(head_logits, in_axes=(0, -2), out_axes=-2)
     logits = heads(state["experts"]["params"], features)
     labels = jnp.broadcast_to(jnp.arange(features.shape[1])[None, :, None], features.shape[:3])
@@ -87,7 +85,7 @@ class MetaTraining:
         self.model = build(federation)
         self.optimizer = optax.scale_by_adam()
         self.average = optax.ema(self.settings.ema, debias=True)
-        self.assignment = expert_weights(federation.counts)[1]
+        self.mix = mixture(federation)
         self.key = federation.key("meta_model")
         self.over_devices = NamedSharding(federation.mesh, P(AXIS))
 
@@ -117,7 +115,7 @@ class MetaTraining:
     ) -> tuple[PyTree, Array]:
         """One step of Adam on cross-entropy."""
         positions, mask = epoch_batch(examples, number, self.key, self.settings.batch_size)
-        logits = examples["logits"][positions][:, self.assignment]
+        logits = self.mix(examples["logits"][positions])
         logits = jax.lax.with_sharding_constraint(logits, self.over_devices)  # data-parallel
         labels, dropout = examples["labels"][positions], rng.fold(self.key, number, 1)
         loss, gradient = jax.value_and_grad(self.loss)(

@@ -1,21 +1,32 @@
 """Model aggregation (paper, Figure 1c): client models become class-wise experts.
 
 Expert c is the mean of the client models weighted by how many images of class c each trained on:
-theta_c = sum_i n_ic theta_i / sum_i n_ic, batch-norm statistics included. All experts and the
-global model are one weighted contraction that streams over the clients. Classes with equal weight
-rows have the same expert: only different ones are kept, and `assignment` says whose each class is.
+theta_c = sum_i n_ic theta_i / sum_i n_ic, batch-norm statistics included; with sub-models element
+by element over those who hold it, and the global model's element where none of the class does
+(methods, section 8.1). All experts and the global model are one weighted contraction that streams
+over the clients. Classes with equal weight rows have the same expert: only different ones are kept,
+and `assignment` says whose each class is.
+
+With `expert_mode = "logits"` nothing is averaged: the clients' models are the members of the
+mixture, and expert c is the mean of their logits by the same weights.
 """
 
-from typing import Any
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mosaic_jax.parallel import in_blocks
 from mosaic_jax.stages.evaluation import evaluator
-from mosaic_jax.stages.federation import Federation, Stage, num_bytes
-from mosaic_jax.stages.local_update import round_function, size_weights
+from mosaic_jax.stages.federation import Federation, Stage, State
+from mosaic_jax.stages.local_update import ClientUpdate
+from mosaic_jax.stages.rounds import (
+    cohort_of,
+    round_bytes,
+    round_function,
+    shared_numbers,
+    size_weights,
+)
 from mosaic_jax.types import Array, PyTree, Variables
 
 
@@ -37,56 +48,80 @@ def expert_weights(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def form_experts(federation: Federation) -> Stage:
-    """One more round, whose client models give the experts and the next global model.
+    """One more round, of all clients, that gives the experts and the next global model.
 
-    Leaves in the state "global", "experts" [experts, ...] and "clients" [clients, ...]: a client's
+    Leaves in the state "global", "experts" [members, ...] and "clients" [clients, ...]: a client's
     own model stays with it and is the frozen classifier of its generator optimisation.
     """
-    config = federation.config
-    run_round = round_function(federation, config.model_aggregation.steps, keep=True)
-    rows, _ = expert_weights(federation.counts)
-    weights = jnp.concatenate([size_weights(federation), federation.place(rows.T)], axis=1)
-    constants = {
-        "learning_rate": np.float32(config.model_aggregation.learning_rate),
-        "key": federation.key("model_aggregation"),
-        "first_step": np.int32(0),
-    }
-    shared = {"data": federation.data} | federation.place(constants)
+    config, counts = federation.config, federation.counts
+    settings, everyone = config.model_aggregation, np.arange(federation.num_clients)
+    run_round = round_function(federation, ClientUpdate(federation, settings.steps), keep=True)
+    weights, by_parameters = size_weights(federation), settings.expert_mode == "parameters"
+    if by_parameters:
+        weights = np.concatenate([weights, expert_weights(counts)[0].T], axis=1)
+    cohort = cohort_of(federation, everyone, weights)
+    numbers = shared_numbers(
+        federation, settings.steps, settings.learning_rate, 0, config.local_update.rounds
+    )
+    key = federation.place(federation.key("model_aggregation"))
+    shared = {"data": federation.data, "key": key} | numbers
     evaluate = evaluator(federation)
-    size = num_bytes(jax.eval_shape(federation.initial_variables))
 
-    def run(variables: Variables) -> tuple[PyTree, PyTree]:
-        result = run_round(variables, shared, federation.clients, weights)
-        models = {"global": result["global"], "experts": result["others"]}
-        return models | {"clients": result["clients"]}, result["metrics"]
+    def run(carry: PyTree) -> tuple[PyTree, PyTree]:
+        result = run_round(carry, shared, cohort)
+        models = result["carry"] | {"clients": result["clients"]}
+        return models | ({"experts": result["others"]} if by_parameters else {}), result["metrics"]
 
+    def start(state: State) -> PyTree:
+        return {"global": state["global"]}
+
+    down, up = round_bytes(federation, np.ones(federation.num_clients))
     return Stage(
         name="model_aggregation",
         blocks=1,
-        start=lambda state: federation.empty(lambda v: run(v)[0], state["global"]),
-        block=lambda state, carry, index: run(federation.fresh(state["global"])),
-        finish=lambda state, carry: state | carry,
+        start=lambda state: federation.empty(lambda carry: run(carry)[0], start(state)),
+        block=lambda state, carry, index: run(federation.fresh(start(state))),
+        finish=lambda state, carry: state | {"experts": carry["clients"]} | carry,
         evaluate=lambda state: {
             f"global_{name}": value for name, value in evaluate(state["global"]).items()
         },
-        client_steps=config.model_aggregation.steps * federation.num_clients,
-        download=size,
-        upload=size + 4 * federation.counts.shape[1],
+        client_steps=settings.steps * federation.num_clients,
+        download=down,
+        upload=up + 4 * counts.shape[1],
     )
 
 
-def expert_logits(federation: Federation) -> Any:
-    """`(experts [experts, ...], images) -> logits [batch, experts, classes]`, one batched call.
+def member_logits(federation: Federation) -> Callable[[Variables, Array], Array]:
+    """`(members [members, ...], images) -> logits [batch, members, classes]`, one batched call.
 
-    The stacked experts are laid over the mesh like clients.
+    The stacked members are laid over the mesh like clients.
     """
 
-    def one_expert(images: Array, expert: Variables) -> Array:
-        return in_blocks(lambda part: federation.outputs(expert, part).logits, images)
+    def one_member(images: Array, member: Variables) -> Array:
+        return in_blocks(lambda part: federation.outputs(member, part).logits, images)
 
-    mapped = federation.map(one_expert)
+    mapped = federation.map(one_member)
 
-    def logits(experts: Variables, images: Array) -> Array:
-        return jnp.swapaxes(mapped(images, experts), 0, 1)
+    def logits(members: Variables, images: Array) -> Array:
+        return jnp.swapaxes(mapped(images, members), 0, 1)
 
     return logits
+
+
+def mixture(federation: Federation) -> Callable[[Array], Array]:
+    """Each class's expert: the members' logits [..., members, classes] -> [..., experts, classes].
+
+    There are as many experts as classes.
+    """
+    rows, assignment = expert_weights(federation.counts)
+    if federation.config.model_aggregation.expert_mode == "parameters":
+        return lambda logits: logits[..., assignment, :]
+    mixing = rows[assignment]
+    return lambda logits: jnp.einsum("em,...mc->...ec", mixing, logits, precision="highest")
+
+
+def num_members(federation: Federation) -> int:
+    """Models in the mixture: the different experts, or the clients."""
+    if federation.config.model_aggregation.expert_mode == "parameters":
+        return len(expert_weights(federation.counts)[0])
+    return federation.num_clients

@@ -1,0 +1,189 @@
+"""Every method at every level of heterogeneity, over seeds: one table and one figure.
+
+    python -m experiments.method_table --config digits --levels moderate severe --seeds 0 1 2
+
+A cell is one run: a method, a level of label heterogeneity, a budget (all clients hold the whole
+model, or `rho`-`sigma` sub-models) and a seed. All cells have the same rounds and local steps:
+the baselines' rounds are Mosaic's with its expert-forming and fine-tuning rounds added. Cells that
+have ended are not run again, so the command can be stopped and repeated, or run by several
+processes for different methods; the table shows what is there. It is written as Markdown, CSV and
+LaTeX, test accuracy in percent, mean and sample standard deviation over seeds.
+"""
+
+import argparse
+import csv
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from experiments import branches
+from experiments.branches import Settings, spread
+from mosaic_jax import main, methods
+from mosaic_jax.settings import HETEROGENEITY
+
+BUDGETS: dict[str, Settings] = {
+    "whole": {},
+    "rho5-sigma4": {"submodel.rho": 5, "submodel.sigma": 4},
+}
+"""Model heterogeneity: what each client can hold."""
+
+SCORES = ("student after fine-tuning", "global model, last round")
+"""The row of a run's result table that counts, the first that there is."""
+
+Cell = tuple[str, str, str, int]
+"""Method, level, budget, seed."""
+
+
+def changes(get_config: Callable[[str], Any], method: str, budget: str, own: Settings) -> Settings:
+    """What sets a cell apart from the config file, and makes its rounds as many as Mosaic's."""
+    config = branches.config(get_config, "", 0, own)
+    rounds = {}
+    if method != "mosaic":
+        extra = 1 + config.fine_tuning.rounds
+        rounds = {"local_update.rounds": config.local_update.rounds + extra}
+    return {**own, **rounds, **BUDGETS[budget], "method": method}
+
+
+def cells(arguments: argparse.Namespace) -> list[Cell]:
+    """All cells, the seeds outermost, so that a stopped table is whole for the first of them.
+
+    With whole models the three sub-model methods are one: the last two are left out there.
+    """
+    same = {"fedrolex", "federated_dropout"}
+    return [
+        (method, level, budget, seed)
+        for seed in arguments.seeds
+        for budget in arguments.budgets
+        for level in arguments.levels
+        for method in arguments.methods
+        if not (budget == "whole" and method in same)
+    ]
+
+
+def folder(root: Path, cell: Cell) -> Path:
+    """Where a cell's run lies."""
+    return root / "-".join(map(str, cell))
+
+
+def score(row: dict[str, float]) -> float:
+    """Test accuracy in percent of the model a method ends with."""
+    return next(row[label] for label in SCORES if label in row)
+
+
+def found(root: Path, wanted: list[Cell]) -> dict[Cell, float]:
+    """Scores of the cells that have ended."""
+    results = {}
+    for cell in wanted:
+        path = folder(root, cell)
+        if (path / "summary.json").exists():
+            rows = {label: 100 * test for label, test, *_ in branches.result_rows(path)}
+            results[cell] = score(rows)
+    return results
+
+
+def columns(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """(level, budget) of each column."""
+    return [(level, budget) for budget in arguments.budgets for level in arguments.levels]
+
+
+def rows(arguments: argparse.Namespace, scores: dict[Cell, float]) -> list[list[str]]:
+    """The table with its head, a row a method."""
+    head = ["method", *(f"alpha {HETEROGENEITY[level]:g}, {b}" for level, b in columns(arguments))]
+    body = []
+    for method in arguments.methods:
+        of_method = []
+        for level, budget in columns(arguments):
+            values = [
+                scores[cell]
+                for seed in arguments.seeds
+                if (cell := (method, level, budget, seed)) in scores
+            ]
+            count = "" if len(values) == len(arguments.seeds) else f" ({len(values)})"
+            of_method.append(spread(values) + count if values else "-")
+        body.append([method, *of_method])
+    return [head, *body]
+
+
+def latex(table: list[list[str]]) -> str:
+    """The same as a LaTeX tabular."""
+    lines = [" & ".join(row).replace("±", r"$\pm$").replace("_", r"\_") for row in table]
+    head, *body = (line + r" \\" for line in lines)
+    layout = "l" + "r" * (len(table[0]) - 1)
+    rule = r"\hline"
+    start, end = rf"\begin{{tabular}}{{{layout}}}", r"\end{tabular}"
+    return "\n".join([start, rule, head, rule, *body, rule, end, ""])
+
+
+def figure(arguments: argparse.Namespace, scores: dict[Cell, float], path: Path) -> None:
+    """Accuracy against heterogeneity, a line a method, an axis a budget."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(5.5 * len(arguments.budgets), 4.5), layout="constrained")
+    axes = drawing.subplots(1, len(arguments.budgets), sharey=True, squeeze=False)[0]
+    for axis, budget in zip(axes, arguments.budgets, strict=True):
+        for number, method in enumerate(arguments.methods):
+            points = [
+                (HETEROGENEITY[level], scores[cell])
+                for level in arguments.levels
+                for seed in arguments.seeds
+                if (cell := (method, level, budget, seed)) in scores
+            ]
+            if points:
+                alphas = sorted({alpha for alpha, _ in points})
+                means = [
+                    sum(s for a, s in points if a == alpha) / sum(a == alpha for a, _ in points)
+                    for alpha in alphas
+                ]
+                bold = {"lw": 2.5, "color": "black"} if method == "mosaic" else {"lw": 1.2}
+                style = ("-", "--", ":")[number // 10]
+                axis.plot(alphas, means, marker="o", ls=style, label=method, **bold)
+        axis.set(xscale="log", xlabel="alpha (left: more heterogeneous)", title=budget)
+    axes[0].set_ylabel("test accuracy, %")
+    handles, labels = axes[-1].get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside right center", fontsize=8)
+    drawing.savefig(path, dpi=120)
+
+
+def write(arguments: argparse.Namespace) -> str:
+    """Table and figure of what has ended; the Markdown."""
+    scores = found(arguments.root, cells(arguments))
+    table = rows(arguments, scores)
+    text = branches.markdown(table)
+    (arguments.root / "table.md").write_text(text + "\n")
+    (arguments.root / "table.tex").write_text(latex(table))
+    with (arguments.root / "table.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "alpha", "budget", "seed", "test_accuracy_percent"])
+        for (method, level, budget, seed), value in scores.items():
+            writer.writerow([method, HETEROGENEITY[level], budget, seed, f"{value:.2f}"])
+    figure(arguments, scores, arguments.root / "accuracy.png")
+    return text
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = branches.parser(__doc__, "runs/method_table", list(HETEROGENEITY))
+    parser.add_argument("--config", default="digits", help="a file of configs/, without its ending")
+    known = list(methods.METHODS)
+    parser.add_argument("--methods", nargs="+", default=known, choices=known)
+    parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
+    parser.add_argument(
+        "--show", action="store_true", help="run nothing: the table of what is there"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    get_config = importlib.import_module(f"configs.{arguments.config}").get_config
+    arguments.root.mkdir(parents=True, exist_ok=True)
+    main.set_up_jax(clients=10)
+    for method, level, budget, seed in [] if arguments.show else cells(arguments):
+        path = folder(arguments.root, (method, level, budget, seed))
+        if (path / "summary.json").exists():
+            continue
+        own = changes(get_config, method, budget, dict(arguments.set))
+        print(path.name, flush=True)
+        branches.run(branches.config(get_config, level, seed, own), path)
+    print(write(arguments))

@@ -1,0 +1,26 @@
+"""FedBN (Li et al. 2021): FedAvg whose clients keep their batch norms, parameters and statistics.
+
+The server has no batch norms of its own. Both ways to judge it are reported: the global model with
+the average of the clients' ("test_accuracy"), and the mean over the clients' own models
+("client_test_accuracy").
+"""
+
+import dataclasses
+
+from mosaic_jax.stages import rounds
+from mosaic_jax.stages.evaluation import personal_evaluator
+from mosaic_jax.stages.federation import Federation, Stage, State
+from mosaic_jax.stages.local_update import ClientUpdate
+
+
+def stages(federation: Federation) -> list[Stage]:
+    """The whole method is one stage."""
+    update = ClientUpdate(federation, federation.config.local_update.steps, personal=True)
+    run_round = rounds.round_function(federation, update)
+    training = rounds.warm_up(federation, run_round, personal=True)
+    own = personal_evaluator(federation, rounds.with_norms)
+
+    def evaluate(state: State) -> dict[str, float]:
+        return training.evaluate(state) | own(state["global"], state["norms"])
+
+    return [dataclasses.replace(training, evaluate=evaluate)]

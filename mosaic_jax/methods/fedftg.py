@@ -1,0 +1,46 @@
+"""FedFTG (Zhang et al. 2022): every client teaches the global model, class by class.
+
+Client i weighs tau_iy = n_iy / sum_j n_jy on an image of class y.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mosaic_jax.stages import rounds
+from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.stages.local_update import ClientUpdate
+from mosaic_jax.stages.server_distillation import ServerDistillation, mode_seeking
+from mosaic_jax.types import Array, PyTree
+
+
+class HardSamples(ServerDistillation):
+    """Generator: sum_i tau (CE - KL) + Div(z, x); global model: sum_i tau KL."""
+
+    generator_steps = 1
+    global_steps = 5
+    combine = "concatenation"
+    latent = 100
+
+    def generator_terms(self, batch: PyTree) -> tuple[Array, Array, Array]:
+        """Images that their classes' holders know and on which the global model differs."""
+        teachers, tau = batch["teachers"], batch["tau"]
+        known = jax.vmap(optax.softmax_cross_entropy_with_integer_labels, in_axes=(0, None))(
+            teachers, batch["labels"]
+        )
+        apart = self.divergence(batch["student"], teachers) / teachers.shape[-1]
+        unknown, disagreement = ((tau * each).sum(axis=0).mean() for each in (known, apart))
+        return unknown, disagreement, mode_seeking(batch["z"], batch["images"])
+
+    def global_loss(self, batch: PyTree) -> Array:
+        """sum_i tau_iy KL(client i || global model)."""
+        student = jnp.broadcast_to(batch["student"], batch["teachers"].shape)
+        apart = self.divergence(batch["teachers"], student)
+        return (batch["tau"] * apart).sum(axis=0).mean() / student.shape[-1]
+
+
+def stages(federation: Federation) -> list[Stage]:
+    """The whole method is one stage."""
+    update = ClientUpdate(federation, federation.config.local_update.steps)
+    run_round = rounds.round_function(federation, update, keep=True)
+    return [rounds.warm_up(federation, run_round, server=HardSamples(federation))]
