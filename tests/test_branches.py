@@ -1,11 +1,13 @@
 """Runs that branch off another end like runs that did not."""
 
+import argparse
+import csv
 import json
 
 import pytest
 from conftest import TINY
 
-from experiments import ablation, branches, distillation_gap
+from experiments import ablation, branches, distillation_gap, method_table
 from mosaic_jax import settings as reader
 
 
@@ -62,3 +64,65 @@ def test_share_of_the_way():
         {"tuned, none": 72.0, "tuned, generated": 76.0, "tuned, oracle": 78.0},
     ]
     assert distillation_gap.share(rows) == "0.50"
+
+
+def table_arguments(root, **changes):
+    chosen = {
+        "root": root,
+        "methods": ["fedavg", "fedrolex", "mosaic"],
+        "levels": ["moderate", "severe"],
+        "budgets": ["whole", "rho5-sigma4"],
+        "seeds": [0, 1],
+    }
+    return argparse.Namespace(**chosen | changes)
+
+
+def test_every_cell_of_the_method_table_has_as_many_rounds(tmp_path):
+    for method in ("fedavg", "mosaic", "dfrd"):
+        own = method_table.changes(tiny_config, method, "rho5-sigma4", {})
+        config = branches.config(tiny_config, "severe", 1, own)
+        extra = (1 + config.fine_tuning.rounds) if method == "mosaic" else 0
+        assert config.local_update.rounds + extra == 4
+        assert (config.method, config.submodel.rho, config.partition.alpha) == (method, 5, 0.01)
+
+
+def test_cells_come_seed_by_seed_and_equal_methods_once(tmp_path):
+    cells = method_table.cells(table_arguments(tmp_path))
+    assert len(cells) == len(set(cells)) == 2 * (2 * 2 + 3 * 2)
+    assert [seed for *_, seed in cells] == [0] * 10 + [1] * 10
+    assert ("fedrolex", "severe", "whole", 0) not in cells
+    assert ("fedrolex", "severe", "rho5-sigma4", 0) in cells
+
+
+def test_the_method_table_shows_what_has_ended(tmp_path, monkeypatch):
+    arguments = table_arguments(tmp_path)
+    labels = {"mosaic": "student after fine-tuning", "fedavg": "global model, last round"}
+    ended = {
+        ("fedavg", "moderate", "whole", 0): 0.5,
+        ("fedavg", "moderate", "whole", 1): 0.6,
+        ("mosaic", "severe", "rho5-sigma4", 1): 0.7,
+    }
+    for cell in ended:
+        method_table.folder(tmp_path, cell).mkdir()
+        (method_table.folder(tmp_path, cell) / "summary.json").write_text("{}")
+
+    def rows(path):
+        cell = next(cell for cell in ended if method_table.folder(tmp_path, cell) == path)
+        return [("global model (FedAvg)", 0.1, 0, None), (labels[cell[0]], ended[cell], 0, None)]
+
+    monkeypatch.setattr(branches, "result_rows", rows)
+    head, fedavg, fedrolex, mosaic = (
+        method_table.write(arguments).splitlines()[0:1]
+        + (method_table.write(arguments).splitlines()[2:])
+    )
+    assert head.split(" | ")[1:3] == ["alpha 0.1, whole", "alpha 0.01, whole"]
+    assert fedavg == "| fedavg | 55.0 ± 7.1 | - | - | - |"
+    assert fedrolex == "| fedrolex | - | - | - | - |"
+    assert mosaic == "| mosaic | - | - | - | 70.0 ± 0.0 (1) |"
+    with (tmp_path / "table.csv").open() as file:
+        found = list(csv.reader(file))
+    assert found[1] == ["fedavg", "0.1", "whole", "0", "50.00"]
+    assert len(found) == 4
+    latex = (tmp_path / "table.tex").read_text()
+    assert r"fedavg & 55.0 $\pm$ 7.1 & - & - & - \\" in latex
+    assert (tmp_path / "accuracy.png").stat().st_size > 1000

@@ -12,13 +12,17 @@ from mosaic_jax import methods, parallel
 from mosaic_jax.data.clients import pack
 from mosaic_jax.data.partition import class_counts
 from mosaic_jax.methods import fedgen
-from mosaic_jax.stages import rounds
+from mosaic_jax.metrics import check_finite
+from mosaic_jax.models.normalisation import norms, with_norms
+from mosaic_jax.stages import cohort, rounds
 from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.server_distillation import divergence, mean_where, mode_seeking
 from mosaic_jax.types import UserError
 
 METHODS = list(methods.METHODS)
-ROUNDS = [name for name in METHODS if name != "mosaic"]
+VARIANTS = {name: {"method": name} for name in METHODS} | {
+    "mosaic, experts by logits": {"method": "mosaic", "model_aggregation.expert_mode": "logits"}
+}
 SHORT = {
     "data.image_size": 16,
     "run.checkpoint_every": 1,
@@ -75,11 +79,11 @@ def hard_counts():
 EVEN = np.full((4, 10), 4)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=VARIANTS)
 def hard(request, make_federation, tmp_path_factory):
     """A whole run where data, models and participation are all uneven."""
-    federation = of(make_federation, hard_counts(), **HARD, method=request.param)
-    workdir = tmp_path_factory.mktemp(request.param) / "run"
+    federation = of(make_federation, hard_counts(), **HARD, **VARIANTS[request.param])
+    workdir = tmp_path_factory.mktemp("hard") / "run"
     return federation, workdir, *run(federation, workdir)
 
 
@@ -189,7 +193,7 @@ def test_a_client_of_fedbn_keeps_its_batch_norms_through_a_broadcast(make_federa
     before = jax.device_get(carry["norms"])
     present = list(metrics["clients"])
     absent = [i for i in range(4) if i not in present]
-    start = rounds.norms(jax.device_get(federation.initial_variables()))
+    start = norms(jax.device_get(federation.initial_variables()))
     for path, leaf in before.items():
         assert_same(leaf[absent], np.stack([start[path]] * 2))
     assert any(differ(leaf[present[0]], leaf[present[1]]) for leaf in before.values())
@@ -201,12 +205,12 @@ def test_a_client_of_fedbn_keeps_its_batch_norms_through_a_broadcast(make_federa
 
 def test_batch_norms_are_all_scales_biases_and_statistics_of_norms(make_federation):
     variables = make_federation(**{"model.name": "resnet8"}).initial_variables()
-    found = rounds.norms(variables)
+    found = norms(variables)
     kinds = {path.rpartition("/")[2] for path in found}
     assert kinds == {"scale", "bias", "mean", "var"}
     assert not any("head" in path for path in found)
     assert len(found) == 2 * len(jax.tree.leaves(variables["batch_stats"]))
-    changed = rounds.with_norms(variables, jax.tree.map(lambda leaf: leaf + 1, found))
+    changed = with_norms(variables, jax.tree.map(lambda leaf: leaf + 1, found))
     assert differ(changed["batch_stats"], variables["batch_stats"])
     assert_same(changed["params"]["head"], variables["params"]["head"])
 
@@ -216,12 +220,12 @@ def test_batch_norms_are_all_scales_biases_and_statistics_of_norms(make_federati
 
 def test_who_takes_part_is_drawn_by_the_seed_and_covers_everybody(make_federation):
     federation = make_federation(**SHORT | {"local_update.clients_per_round": 2})
-    drawn = [tuple(rounds.participants(federation, t)) for t in range(12)]
-    assert drawn == [tuple(rounds.participants(federation, t)) for t in range(12)]
+    drawn = [tuple(cohort.participants(federation, t)) for t in range(12)]
+    assert drawn == [tuple(cohort.participants(federation, t)) for t in range(12)]
     assert all(len(set(each)) == 2 for each in drawn)
     assert set(np.concatenate(drawn)) == {0, 1, 2, 3}
     stage = rounds.rounds(federation, None, "local_update", 12, 0.1)
-    size = rounds.model_bytes(federation)[0]
+    size = cohort.model_bytes(federation)[0]
     np.testing.assert_array_equal(
         stage.upload / size, np.bincount(np.concatenate(drawn), minlength=4)
     )
@@ -229,7 +233,7 @@ def test_who_takes_part_is_drawn_by_the_seed_and_covers_everybody(make_federatio
 
 def test_everybody_takes_part_unless_told_otherwise(make_federation):
     federation = make_federation(**SHORT)
-    assert list(rounds.participants(federation, 3)) == [0, 1, 2, 3]
+    assert list(cohort.participants(federation, 3)) == [0, 1, 2, 3]
 
 
 # --- losses, by hand ---------------------------------------------------------------------------
@@ -296,3 +300,16 @@ def test_a_masked_client_has_no_say_in_the_heads_rows_of_classes_it_lacks(make_f
 def test_an_unknown_method_names_the_nearest(make_federation):
     with pytest.raises(UserError, match=r"unknown method 'fedprx'; did you mean 'fedprox'\?"):
         methods.stages("fedprx", make_federation())
+
+
+def test_a_method_takes_its_own_settings_and_those_of_all():
+    methods.check_used("fedprox", ["seed", "fedprox.mu", "local_update.rounds", "submodel.rho"])
+    methods.check_used("dfrd", ["server_distillation.temperature", "generator_optimization.width"])
+    with pytest.raises(UserError, match=r"'fedprox' does not use 'fedrs\.alpha'"):
+        methods.check_used("fedprox", ["fedprox.mu", "fedrs.alpha"])
+
+
+def test_a_metric_that_is_not_finite_names_the_client_and_not_its_place():
+    figures = {"loss": np.array([1.0, np.nan]), "clients": np.array([2, 5])}
+    with pytest.raises(UserError, match="loss of client 5 is not finite"):
+        check_finite("local_update", 0, figures)

@@ -34,6 +34,7 @@ from mosaic_jax.data.clients import (  # noqa: E402
     uniform_batch,
 )
 from mosaic_jax.stages import (  # noqa: E402
+    cohort,
     generator_ensemble,
     generator_optimization,
     knowledge_distillation,
@@ -289,9 +290,9 @@ def test_round(federation, record, request):
     steps, inputs = 3, round_inputs(federation)
     variables = perturbed(federation)
     run = rounds.round_function(federation, ClientUpdate(federation, steps))
-    sizes = rounds.size_weights(federation)
-    cohort = rounds.cohort_of(federation, np.arange(federation.num_clients), sizes)
-    expected = run({"global": federation.fresh(variables)}, inputs, cohort)
+    sizes = cohort.size_weights(federation)
+    members = cohort.cohort_of(federation, np.arange(federation.num_clients), sizes)
+    expected = run({"global": federation.fresh(variables)}, inputs, members)
     model = classifier(federation, variables)
     server = [tensor.clone() for tensor in torch_local.tensors(model)]
     mean, kept, metrics = torch_local.federated_round(

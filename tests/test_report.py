@@ -155,6 +155,15 @@ def test_costs_are_summed_and_averaged_over_clients(tmp_path: Path) -> None:
     assert rows[-1] == ["total", "", "17.5", "3.0 kB", "1.5 MB"]
 
 
+def test_fedbn_has_its_clients_own_models_too(tmp_path: Path) -> None:
+    lines = fedavg_lines([0.4, 0.5])
+    for line, test in zip(lines, (0.6, 0.7), strict=True):
+        line |= accuracies(test, test + 0.1, prefix="client_")
+    rows = report.result_rows(write_run(tmp_path / "run", lines, method="fedbn", channels=None))
+    assert rows[0][:2] == ("global model, last round", 0.5)
+    assert rows[-1] == ("clients' own models, last round", 0.7, pytest.approx(0.8), None)
+
+
 def test_fedavg_gives_last_best_and_mean_of_last_ten(tmp_path: Path) -> None:
     tests = [0.9, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.6, 0.4, 0.5]
     run = write_run(tmp_path / "run", fedavg_lines(tests), method="fedavg", channels=None)

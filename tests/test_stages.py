@@ -693,6 +693,34 @@ def test_the_plain_ensemble_is_the_mean_of_every_class_experts_logits(federation
     np.testing.assert_allclose(answers, np.mean(each, axis=1), atol=1e-4)
 
 
+def test_experts_by_logits_are_means_of_the_clients_by_their_images_of_the_class(make_federation):
+    by_logits = unequal(make_federation, **{"model_aggregation.expert_mode": "logits"})
+    logits = np.random.default_rng(5).standard_normal((4, 3, 10), np.float32)  # of three clients
+    experts = model_aggregation.mixture(by_logits)(jnp.asarray(logits))
+    held = COUNTS.sum(axis=0) > 0
+    weights = np.where(held, COUNTS, COUNTS.sum(axis=1, keepdims=True))
+    expected = np.einsum("nc,bnk->bck", weights / weights.sum(axis=0), logits)
+    np.testing.assert_allclose(experts, expected, rtol=1e-5, atol=1e-6)
+    assert model_aggregation.num_members(by_logits) == 3
+
+
+def test_a_class_with_one_holder_has_the_same_expert_by_parameters_and_by_logits(
+    make_federation, federation, states
+):
+    by_logits = unequal(make_federation, **{"model_aggregation.expert_mode": "logits"})
+    images = to_float(federation.dataset.test_images[:4])
+    each = [
+        model_aggregation.mixture(one)(
+            jax.jit(model_aggregation.member_logits(one))(states["model_aggregation"][of], images)
+        )
+        for one, of in ((federation, "experts"), (by_logits, "clients"))
+    ]
+    alone = (COUNTS > 0).sum(axis=0) == 1
+    assert alone.any()
+    np.testing.assert_allclose(each[0][:, alone], each[1][:, alone], rtol=1e-4, atol=1e-5)
+    assert np.abs(each[0][:, ~alone] - each[1][:, ~alone]).max() > 1e-4
+
+
 def test_the_teacher_reads_every_class_expert(federation, states, tokens, teacher):
     images, each = tokens
     expected = jax.jit(meta_model.build(federation).apply)(states["meta_model"]["meta"], each)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from mosaic_jax.models import build_classifier, submodel
-from mosaic_jax.stages import model_aggregation, rounds
+from mosaic_jax.stages import cohort, model_aggregation, rounds
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.types import UserError
 
@@ -220,9 +220,9 @@ def mean_over_holders(results, weights, previous):
 def test_a_round_averages_each_element_over_its_holders(federation, by_hand):
     variables, shared, results = by_hand
     run = rounds.round_function(federation, ClientUpdate(federation, 3), keep=True)
-    weights = rounds.equal_weights(federation)
-    cohort = rounds.cohort_of(federation, np.arange(3), weights)
-    after = run({"global": federation.fresh(variables)}, shared, cohort)
+    weights = cohort.equal_weights(federation)
+    members = cohort.cohort_of(federation, np.arange(3), weights)
+    after = run({"global": federation.fresh(variables)}, shared, members)
     assert_close(after["carry"]["global"], mean_over_holders(results, [1, 1, 1], variables))
     for i, capacity in enumerate(CAPACITIES):
         kept = jax.tree.map(lambda leaf, i=i: leaf[i], after["clients"])
@@ -232,9 +232,9 @@ def test_a_round_averages_each_element_over_its_holders(federation, by_hand):
 def test_what_nobody_in_the_round_holds_stays(federation, by_hand):
     variables, shared, results = by_hand
     run = rounds.round_function(federation, ClientUpdate(federation, 3))
-    weights = rounds.size_weights(federation)
-    cohort = rounds.cohort_of(federation, np.array([1, 2]), weights)
-    after = run({"global": federation.fresh(variables)}, shared, cohort)
+    weights = cohort.size_weights(federation)
+    members = cohort.cohort_of(federation, np.array([1, 2]), weights)
+    after = run({"global": federation.fresh(variables)}, shared, members)
     expected = mean_over_holders(results[1:], weights[1:, 0], variables)
     assert_close(after["carry"]["global"], expected)
     untouched = jax.tree.map(
@@ -251,9 +251,9 @@ def test_experts_are_averaged_over_the_holders_of_class_and_element(federation, 
     variables, shared, results = by_hand
     run = rounds.round_function(federation, ClientUpdate(federation, 3))
     rows, _ = model_aggregation.expert_weights(federation.counts)
-    sizes = rounds.size_weights(federation)
-    cohort = rounds.cohort_of(federation, np.arange(3), np.concatenate([sizes, rows.T], axis=1))
-    after = run({"global": federation.fresh(variables)}, shared, cohort)
+    sizes = cohort.size_weights(federation)
+    members = cohort.cohort_of(federation, np.arange(3), np.concatenate([sizes, rows.T], axis=1))
+    after = run({"global": federation.fresh(variables)}, shared, members)
     general = mean_over_holders(results, sizes[:, 0], variables)
     for number, row in enumerate(rows):
         expert = jax.tree.map(lambda leaf, n=number: leaf[n], after["others"])

@@ -7,6 +7,7 @@ the average of the clients' ("test_accuracy"), and the mean over the clients' ow
 
 import dataclasses
 
+from mosaic_jax.models.normalisation import with_norms
 from mosaic_jax.stages import rounds
 from mosaic_jax.stages.evaluation import personal_evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State
@@ -18,7 +19,7 @@ def stages(federation: Federation) -> list[Stage]:
     update = ClientUpdate(federation, federation.config.local_update.steps, personal=True)
     run_round = rounds.round_function(federation, update)
     training = rounds.warm_up(federation, run_round, personal=True)
-    own = personal_evaluator(federation, rounds.with_norms)
+    own = personal_evaluator(federation, with_norms)
 
     def evaluate(state: State) -> dict[str, float]:
         return training.evaluate(state) | own(state["global"], state["norms"])

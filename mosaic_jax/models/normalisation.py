@@ -1,4 +1,4 @@
-"""Batch norm as pure functions, in two forms that give the same numbers.
+"""Batch norm as pure functions, in two forms that give the same numbers; a model's batch norms.
 
 In `batch_norm` all sums are matrix products, forward and backward: XLA:CPU is faster at a vector of
 weights times the `[values, channels]` matrix than at the reductions autodiff writes, hence a
@@ -8,9 +8,10 @@ of CPU time against 2.3. `plain_batch_norm` is for GPU and TPU. Padded examples 
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mosaic_jax.models.mesh_axes import same_mesh_axes
-from mosaic_jax.types import Array
+from mosaic_jax.types import Array, Variables
 
 _Saved = tuple[Array, Array, Array, Array, Array]
 
@@ -107,3 +108,21 @@ def _backward(
 
 
 _batch_norm.defvjp(_forward, _backward)
+
+
+def norms(variables: Variables) -> dict[str, Array]:
+    """The batch norms' parameters and statistics, by path."""
+    leaves = flatten_dict(variables, sep="/")
+    return {path: leaf for path, leaf in leaves.items() if _is_norm(path, leaves)}
+
+
+def _is_norm(path: str, leaves: dict[str, Array]) -> bool:
+    collection, _, rest = path.partition("/")
+    return collection == "batch_stats" or f"params/{rest.rpartition('/')[0]}/scale" in leaves
+
+
+def with_norms(variables: Variables, norms: dict[str, Array]) -> Variables:
+    """The variables with these batch norms, of `norms`, in place of their own."""
+    leaves = flatten_dict(variables, sep="/") | norms
+    whole: Variables = unflatten_dict(leaves, sep="/")
+    return whole

@@ -17,16 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mosaic_jax.parallel import in_blocks
+from mosaic_jax.stages.cohort import cohort_of, round_bytes, size_weights
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State
 from mosaic_jax.stages.local_update import ClientUpdate
-from mosaic_jax.stages.rounds import (
-    cohort_of,
-    round_bytes,
-    round_function,
-    shared_numbers,
-    size_weights,
-)
+from mosaic_jax.stages.rounds import round_function, shared_numbers
 from mosaic_jax.types import Array, PyTree, Variables
 
 

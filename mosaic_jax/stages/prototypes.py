@@ -19,9 +19,10 @@ import numpy as np
 from mosaic_jax import parallel, rng
 from mosaic_jax.data.clients import pack, to_float
 from mosaic_jax.models import submodel
+from mosaic_jax.stages.cohort import model_bytes
 from mosaic_jax.stages.federation import Federation, Stage, State, capacities
 from mosaic_jax.stages.model_aggregation import num_members
-from mosaic_jax.stages.rounds import held_channels, model_bytes
+from mosaic_jax.stages.rounds import held_channels
 from mosaic_jax.types import Array, PyTree, Variables
 
 BATCH = 64

@@ -14,12 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mosaic_jax import rng
 from mosaic_jax.models import submodel
+from mosaic_jax.models.normalisation import norms, with_norms
+from mosaic_jax.stages.cohort import (
+    cohort_of,
+    equal_weights,
+    participants,
+    round_bytes,
+    size_weights,
+)
 from mosaic_jax.stages.evaluation import evaluator
-from mosaic_jax.stages.federation import Federation, Group, Stage, State, num_bytes
+from mosaic_jax.stages.federation import Federation, Group, Stage, State
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.types import Array, PyTree, Variables
 
@@ -103,24 +110,6 @@ def held_channels(
     return submodel.index_sets(streams, full, capacity, scheme, round, key)
 
 
-def norms(variables: Variables) -> dict[str, Array]:
-    """The batch norms' parameters and statistics, by path."""
-    leaves = flatten_dict(variables, sep="/")
-    return {path: leaf for path, leaf in leaves.items() if _is_norm(path, leaves)}
-
-
-def _is_norm(path: str, leaves: dict[str, Array]) -> bool:
-    collection, _, rest = path.partition("/")
-    return collection == "batch_stats" or f"params/{rest.rpartition('/')[0]}/scale" in leaves
-
-
-def with_norms(variables: Variables, norms: dict[str, Array]) -> Variables:
-    """The variables with these batch norms, of `norms`, in place of their own."""
-    leaves = flatten_dict(variables, sep="/") | norms
-    whole: Variables = unflatten_dict(leaves, sep="/")
-    return whole
-
-
 def averaged(sums: PyTree, previous: PyTree) -> PyTree:
     """theta = sum_i w_i theta_i / sum_i w_i of each element; `previous` where nobody holds it.
 
@@ -154,7 +143,7 @@ def round_function(
     Returns:
       `round(carry, shared, cohort)`, which takes `carry` over (it is donated): {"global":
       variables} and, if batch norms are personal, "norms" [clients, ...]; `shared` is all else
-      that `ClientUpdate` is given, and "round"; `cohort` is of `cohort_of`. A dict: the next
+      that `ClientUpdate` is given, and "round"; `cohort` is of `cohort.cohort_of`. A dict: the next
       "carry", "others", the averages of the other columns of weights [columns, ...], "metrics" of
       the cohort's clients and, if kept, their models, "clients", as whole ones.
     """
@@ -192,59 +181,6 @@ def _total(groups: list[PyTree]) -> PyTree:
     for other in rest:
         total = jax.tree.map(jnp.add, total, other)
     return total
-
-
-def participants(federation: Federation, round: int) -> np.ndarray:
-    """The clients that take part in a round, in order: all, or a seeded draw of so many."""
-    count = federation.config.local_update.clients_per_round or federation.num_clients
-    if count == federation.num_clients:
-        return np.arange(count)
-    draw = rng.numpy_generator(federation.config.seed, "participants", round)
-    return np.sort(draw.choice(federation.num_clients, count, replace=False))
-
-
-def cohort_of(federation: Federation, clients: np.ndarray, weights: np.ndarray) -> PyTree:
-    """The clients of one round, group by group, in shapes that are the same in every round.
-
-    Args:
-      federation: its groups.
-      clients: who takes part, int [k], in order.
-      weights: of all clients, [clients, columns]; scaled so that every column of those who take
-        part sums to 1.
-
-    Returns:
-      "ids" and "weights", one entry a group, filled up with members of weight 0; "slots", where
-      among all of these each of the k clients stands; and "clients", their numbers.
-    """
-    takes_part = np.isin(np.arange(federation.num_clients), clients)
-    weights = np.where(takes_part[:, None], weights, 0.0)
-    weights = (weights / weights.sum(axis=0)).astype(np.float32)
-    ids, rows, slots, before = [], [], np.zeros(federation.num_clients, np.int32), 0
-    for group in federation.groups:
-        size = min(len(clients), len(group.members))
-        first = group.members[np.argsort(~takes_part[group.members], kind="stable")][:size]
-        ids.append(first.astype(np.int32))
-        rows.append(weights[first])
-        slots[first] = before + np.arange(size)
-        before += size
-    return federation.place(
-        {
-            "ids": tuple(ids),
-            "weights": tuple(rows),
-            "slots": slots[clients],
-            "clients": clients.astype(np.int32),
-        }
-    )
-
-
-def size_weights(federation: Federation) -> np.ndarray:
-    """FedAvg's weights n_i, [clients, 1]."""
-    return federation.counts.sum(axis=1, keepdims=True).astype(np.float64)
-
-
-def equal_weights(federation: Federation) -> np.ndarray:
-    """The same weight for every client, [clients, 1], as the sub-model methods have it."""
-    return np.ones((federation.num_clients, 1))
 
 
 def warm_up(federation: Federation, run_round: Round, **options: Any) -> Stage:
@@ -364,16 +300,3 @@ def everyones(federation: Federation, tree: PyTree) -> PyTree:
     """The same for every client: leaves [clients, ...]."""
     count = federation.num_clients
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), tree)
-
-
-def round_bytes(federation: Federation, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes each client receives and sends that takes part so many times: its sub-model each."""
-    return times * model_bytes(federation), times * model_bytes(federation)
-
-
-def model_bytes(federation: Federation) -> np.ndarray:
-    """Bytes of each client's sub-model, [clients]."""
-    sizes = np.zeros(federation.num_clients)
-    for group in federation.groups:
-        sizes[group.members] = num_bytes(federation.shapes(group.model))
-    return sizes
