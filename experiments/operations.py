@@ -70,8 +70,9 @@ def images(federation: Federation, count: int) -> jax.Array:
 
 
 def of_local_update(federation: Federation, state: State) -> float:
-    """One SGD step of a client on a full batch."""
-    size = federation.config.local_update.batch_size
+    """One SGD step of a client on a full batch, which is no larger than the largest client."""
+    capacity = federation.clients["index"].shape[1]
+    size = min(federation.config.local_update.batch_size, capacity)
     update, model = ClientUpdate(federation, 1), state["global"]
     return flops(
         jax.value_and_grad(update.loss, has_aux=True),

@@ -346,6 +346,15 @@ def assert_close(one, other, tolerance=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), one, other)
 
 
+def test_a_batch_is_no_larger_than_the_largest_client(make_federation):
+    wide = unequal(make_federation, **{"local_update.batch_size": 500})
+    shared = {"data": wide.data, "key": KEY}
+    for i, size in enumerate(COUNTS.sum(axis=1)):
+        batch = ClientUpdate(wide, 1).batch(shared, member(wide.clients, i), 0)
+        assert len(batch.images) == len(batch.mask) == COUNTS.sum(axis=1).max()
+        assert batch.mask.sum() == size
+
+
 def test_clients_train_apart(trained):
     assert differ(trained[0], trained[1])
     assert differ(trained[1], trained[2])

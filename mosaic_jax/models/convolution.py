@@ -19,7 +19,7 @@ from mosaic_jax.types import Array
 
 FORMS = ("auto", "native", "gradients")
 BLOCK = 32
-"""Images whose kernel gradient is taken at a time."""
+"""Images whose kernel gradient is taken at a time, about."""
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -203,7 +203,7 @@ def _kernel_gradient(x: Array, gradient: Array, size: int, stride: int, padding:
         return taps.transpose(1, 2, 0, 3)
 
     # Every `blocks`-th image, so that images that lie on several devices stay where they are.
-    blocks = x.shape[0] // BLOCK if x.shape[0] % BLOCK == 0 else 1
+    blocks = x.shape[0] // winograd.divisor(x.shape[0], BLOCK)
     parts = (of_block(x[i::blocks], gradient[i::blocks]) for i in range(blocks))
     return sum(parts, jnp.zeros((), x.dtype))
 

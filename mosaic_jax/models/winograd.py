@@ -115,9 +115,13 @@ def _block(x: Array, matrix: tuple[int, ...]) -> int:
     At least enough for matrices of four times as many rows as channels.
     """
     pixels, channels = x.shape[1] * x.shape[2], max(matrix)
-    wanted = max(BLOCK_VALUES / (pixels * x.shape[-1]), 4 * channels / pixels)
-    divisors = [n for n in range(1, len(x) + 1) if len(x) % n == 0]
-    return min(divisors, key=lambda n: abs(log(n / wanted)))
+    return divisor(len(x), max(BLOCK_VALUES / (pixels * x.shape[-1]), 4 * channels / pixels))
+
+
+def divisor(number: int, near: float) -> int:
+    """The divisor that is nearest, by ratio."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    return min(divisors, key=lambda n: abs(log(n / near)))
 
 
 def _blocks(x: Array, images: int) -> Array:

@@ -95,10 +95,11 @@ class ClientUpdate:
         return ({"params": params, "batch_stats": statistics}, state), sums
 
     def batch(self, shared: PyTree, client: PyTree, number: Array) -> Batch:
-        """The batch of a step, augmented."""
+        """The batch of a step, augmented; never larger than the largest client."""
         config, data = self.federation.config, shared["data"]
         key = rng.fold(shared["key"], client["id"])
-        positions, mask = epoch_batch(client, number, key, config.local_update.batch_size)
+        size = min(config.local_update.batch_size, client["index"].shape[0])
+        positions, mask = epoch_batch(client, number, key, size)
         augment = rng.fold(key, number, 1)
         images = crop_and_flip(
             to_float(data["images"][positions]), augment, config.data.crop_padding, config.data.flip
