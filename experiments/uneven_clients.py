@@ -46,8 +46,8 @@ def unit(federation: Federation) -> Unit:
 
 def masked(federation: Federation) -> float:
     """Share of an epoch's computed images that are masked."""
-    size = federation.config.local_update.batch_size
     sizes = federation.counts.sum(axis=1)
+    size = min(federation.config.local_update.batch_size, sizes.max())
     computed = np.asarray(batches_per_epoch(sizes, size)) * size
     return 1 - np.mean(np.minimum(sizes, computed) / computed)
 
