@@ -6,8 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from mosaic_jax import methods, rng
+from mosaic_jax.data.clients import epoch_batch, to_float
 from mosaic_jax.models import build_classifier, submodel
-from mosaic_jax.stages import cohort, model_aggregation, rounds
+from mosaic_jax.stages import calibration, cohort, model_aggregation, rounds
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.types import UserError
 
@@ -272,3 +274,57 @@ def test_a_narrow_client_does_a_fraction_of_the_operations(make_federation):
         return jax.jit(model.apply).lower(variables, images).compile().cost_analysis()["flops"]
 
     assert operations(0.25) < operations(1.0) / 14
+
+
+# --- batch-norm statistics of the whole model --------------------------------------------------
+
+
+def test_calibrated_statistics_are_those_of_the_clients_batches_under_the_whole_model(federation):
+    """Weighted means and second moments, for each model by its own column of weights."""
+    models = [drawn(federation.shapes(federation.model), seed) for seed in (1, 2)]
+    weights = np.array([[1.0, 0.2], [2.0, 0.5], [1.0, 0.3]])
+    members = cohort.cohort_of(federation, np.arange(3), weights)
+    shared = {"data": federation.data, "key": federation.key("calibration")}
+    others = jax.tree.map(lambda leaf: leaf[None], models[1])
+    first, rest = calibration.calibrator(federation)(models[0], others, shared, members)
+    found = jax.tree.map(lambda a, b: jnp.stack([a, b[0]]), first, rest)
+    for number, model in enumerate(models):
+        assert_same(jax.tree.map(lambda leaf, n=number: leaf[n], found["params"]), model["params"])
+    for number, model in enumerate(models):
+        shares, batches = weights[:, number] / weights[:, number].sum(), []
+        for i in range(3):
+            client = jax.tree.map(lambda leaf, i=i: leaf[i], federation.clients)
+            key = rng.fold(shared["key"], i)
+            positions, mask = epoch_batch(client, 0, key, 16)
+            real = np.asarray(positions)[np.asarray(mask) > 0]
+            images = to_float(federation.data["images"][real])
+            blank = {**model, "batch_stats": jax.tree.map(jnp.zeros_like, model["batch_stats"])}
+            _, updated = federation.model.apply(blank, images, train=True, mutable=["batch_stats"])
+            batches.append(jax.tree.map(lambda x: 10 * np.asarray(x), updated["batch_stats"]))
+        for norm, of in jax.tree.map(lambda leaf, n=number: leaf[n], found["batch_stats"]).items():
+            means = np.stack([batch[norm]["mean"] for batch in batches])
+            squares = np.stack([batch[norm]["var"] for batch in batches]) + means**2
+            mean = shares @ means
+            np.testing.assert_allclose(of["mean"], mean, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(of["var"], shares @ squares - mean**2, rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_put_together_of_parts_classifies_with_calibrated_statistics(make_federation):
+    settings = {
+        "partition.kind": "iid",
+        "submodel.capacities": (1.0, 0.5, 0.25),
+        "model.width": 8,
+        "data.image_size": 16,
+        "local_update.rounds": 12,
+        "local_update.steps": 5,
+        "local_update.learning_rate": 0.2,
+        "run.evaluate_every": 100,
+    }
+    federation = make_federation(**settings)
+    stage = methods.stages("heterofl", federation)[0]
+    state = {"global": federation.initial_variables()}
+    carry = stage.start(state)
+    for index in range(stage.blocks):
+        carry, _ = stage.block(state, carry, index)
+    calibrated = stage.evaluate(stage.finish(state, carry))["test_accuracy"]
+    assert calibrated > 0.4  # of ten classes

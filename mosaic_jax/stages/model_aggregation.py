@@ -13,10 +13,12 @@ mixture, and expert c is the mean of their logits by the same weights.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mosaic_jax.parallel import in_blocks
+from mosaic_jax.stages import calibration
 from mosaic_jax.stages.cohort import cohort_of, round_bytes, size_weights
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State
@@ -61,16 +63,23 @@ def form_experts(federation: Federation) -> Stage:
     key = federation.place(federation.key("model_aggregation"))
     shared = {"data": federation.data, "key": key} | numbers
     evaluate = evaluator(federation)
+    calibrate, part = calibration.calibrator(federation), calibration.is_needed(federation)
 
     def run(carry: PyTree) -> tuple[PyTree, PyTree]:
         result = run_round(carry, shared, cohort)
-        models = result["carry"] | {"clients": result["clients"]}
-        return models | ({"experts": result["others"]} if by_parameters else {}), result["metrics"]
+        first, others = result["carry"]["global"], result["others"]
+        if part:
+            first, others = calibrate(jax.block_until_ready(first), others, shared, cohort)
+        models = {"global": first, "clients": result["clients"], "experts": others}
+        if not by_parameters:
+            del models["experts"]
+        return models, result["metrics"]
 
     def start(state: State) -> PyTree:
         return {"global": state["global"]}
 
     down, up = round_bytes(federation, np.ones(federation.num_clients))
+    whole, statistics = (weights.shape[1] * n for n in calibration.model_bytes(federation))
     return Stage(
         name="model_aggregation",
         blocks=1,
@@ -81,8 +90,8 @@ def form_experts(federation: Federation) -> Stage:
             f"global_{name}": value for name, value in evaluate(state["global"]).items()
         },
         client_steps=settings.steps * federation.num_clients,
-        download=down,
-        upload=up + 4 * counts.shape[1],
+        download=down + whole,
+        upload=up + statistics + 4 * counts.shape[1],
     )
 
 

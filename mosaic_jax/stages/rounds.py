@@ -18,6 +18,7 @@ import optax
 from mosaic_jax import rng
 from mosaic_jax.models import submodel
 from mosaic_jax.models.normalisation import norms, with_norms
+from mosaic_jax.stages import calibration
 from mosaic_jax.stages.cohort import (
     cohort_of,
     equal_weights,
@@ -252,6 +253,18 @@ def rounds(
     evaluate = evaluator(federation)
     shared = {"data": federation.data, "key": federation.place(federation.key(name))}
 
+    calibrate, every = calibration.calibrator(federation), federation.config.run.evaluate_every
+    part = calibration.is_needed(federation)
+    asked = {
+        index
+        for index in range(count)
+        if part and (server is not None or index + 1 == count or (index + 1) % every == 0)
+    }
+
+    def calibrated(model: Variables, cohort: PyTree) -> Variables:
+        # Two programs with collectives in flight can starve each other of threads on a CPU.
+        return calibrate(jax.block_until_ready(model), None, shared, cohort)[0]
+
     def whose(clients: np.ndarray) -> dict[str, np.ndarray]:
         """Whose the metrics are, where not everybody takes part."""
         return {"clients": clients} if len(clients) < federation.num_clients else {}
@@ -270,19 +283,29 @@ def rounds(
         cohort = cohort_of(federation, clients, weights)
         if server is None:
             result = run_round(carry, shared | numbers, cohort)
-            return result["carry"], result["metrics"] | whose(clients)
-        own = carry.pop("server")
-        result = run_round(carry, shared | numbers | server.send(own), cohort)
+            after = result["carry"]
+            if index in asked:
+                after["global"] = calibrated(after["global"], cohort)
+            return after, result["metrics"] | whose(clients)
+        own = carry["server"]
+        models = {name: part for name, part in carry.items() if name != "server"}
+        result = run_round(models, shared | numbers | server.send(own), cohort)
         after, metrics = result["carry"], result["metrics"]
+        if index in asked:  # before the server distils on the statistics
+            after["global"] = calibrated(after["global"], cohort)
+        jax.block_until_ready(after["global"])
         after["global"], after["server"], of_server = server(
             after["global"], own, result["clients"], cohort, numbers["round"]
         )
         return after, metrics | of_server | whose(clients)
 
-    times = np.zeros(federation.num_clients)
+    times, calibrations = np.zeros((2, federation.num_clients))
     for index in range(count):
-        times[participants(federation, first_round + index)] += 1
+        clients = participants(federation, first_round + index)
+        times[clients] += 1
+        calibrations[clients] += index in asked
     down, up = round_bytes(federation, times)
+    whole, statistics = calibration.model_bytes(federation)
     return Stage(
         name=name,
         blocks=count,
@@ -291,8 +314,8 @@ def rounds(
         finish=lambda state, carry: state | carry,
         evaluate=lambda state: evaluate(state["global"]),
         client_steps=steps * len(participants(federation, 0)),
-        download=down,
-        upload=up,
+        download=down + calibrations * whole,
+        upload=up + calibrations * statistics,
     )
 
 
