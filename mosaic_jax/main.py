@@ -155,7 +155,7 @@ def plan(federation: Federation, workdir: Path) -> Table:
     shares = federations.capacities(config)
     narrow = min(shares) < 1
     if narrow:
-        table.add_column("capacity", justify="right")
+        table.add_column("share", justify="right", min_width=4)
     for label in range(federation.counts.shape[1]):
         table.add_column(str(label), justify="right")
     for client in range(min(federation.num_clients, 20)):
