@@ -317,3 +317,16 @@ def test_a_metric_that_is_not_finite_names_the_client_and_not_its_place():
     figures = {"loss": np.array([1.0, np.nan]), "clients": np.array([2, 5])}
     with pytest.raises(UserError, match="loss of client 5 is not finite"):
         check_finite("local_update", 0, figures)
+
+
+def test_the_bytes_of_fedgen_have_its_generator_and_those_of_dense_do_not(make_federation):
+    federation = make_federation(**SHORT)
+    down = {
+        name: methods.stages(name, federation)[0].download for name in ("fedavg", "fedgen", "dense")
+    }
+    features, classes = federation.initial_variables()["params"]["head"]["kernel"].shape
+    layers = (fedgen.NOISE + classes + 1) * fedgen.HIDDEN + (fedgen.HIDDEN + 1) * features
+    generator = 4 * (layers + 4 * fedgen.HIDDEN)  # scale, bias, mean and variance of its norm
+    rounds_made = federation.config.local_update.rounds
+    np.testing.assert_array_equal(down["fedgen"] - down["fedavg"], [rounds_made * generator] * 4)
+    np.testing.assert_array_equal(down["dense"], down["fedavg"])

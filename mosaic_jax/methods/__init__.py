@@ -39,14 +39,15 @@ EVERY = {"data", "partition", "model", "submodel", "local_update", "parallel", "
 """Sections of settings that all methods read."""
 
 SERVER = {"server_distillation", "generator_optimization"}
+"""Those of a server with a generator of its own."""
+
 OWN = {
     "fedprox": {"fedprox"},
     "fedrs": {"fedrs"},
     "fedgen": {"fedgen"},
-    **{
-        key: {"server_distillation", "generator_optimization"}
-        for key in ("dense", "fedftg", "dfrd")
-    },
+    "dense": SERVER,
+    "fedftg": SERVER,
+    "dfrd": SERVER,
     "mosaic": {
         "model_aggregation",
         "generator_optimization",

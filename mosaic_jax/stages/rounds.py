@@ -27,7 +27,7 @@ from mosaic_jax.stages.cohort import (
     size_weights,
 )
 from mosaic_jax.stages.evaluation import evaluator
-from mosaic_jax.stages.federation import Federation, Group, Stage, State
+from mosaic_jax.stages.federation import Federation, Group, Stage, State, num_bytes
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.types import Array, PyTree, Variables
 
@@ -299,12 +299,16 @@ def rounds(
         )
         return after, metrics | of_server | whose(clients)
 
+    whole_shapes = federation.shapes(federation.model)
     times, calibrations = np.zeros((2, federation.num_clients))
     for index in range(count):
         clients = participants(federation, first_round + index)
         times[clients] += 1
         calibrations[clients] += index in asked
     down, up = round_bytes(federation, times)
+    if server is not None:
+        sent = jax.eval_shape(lambda model: server.send(server.start(model)), whole_shapes)
+        down = down + times * num_bytes(sent)
     whole, statistics = calibration.model_bytes(federation)
     return Stage(
         name=name,
