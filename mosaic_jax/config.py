@@ -107,7 +107,7 @@ class ModelAggregation:
 
     steps: int = 10  # local steps of that round
     learning_rate: float = 0.01
-    expert_mode: str = "parameters"  # parameters | logits: what class-wise weights average
+    expert_mode: str = "auto"  # parameters | logits: what class-wise weights average; auto: by need
 
 
 @dataclass(frozen=True)

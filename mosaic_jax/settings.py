@@ -25,7 +25,7 @@ CHOICES = {
     "model.conv": ("auto", "native", "gradients"),
     "model.dtype": ("float32", "bfloat16"),
     "submodel.scheme": ("static", "rolling", "random"),
-    "model_aggregation.expert_mode": ("parameters", "logits"),
+    "model_aggregation.expert_mode": ("auto", "parameters", "logits"),
     "generator_optimization.adversary": ("dcgan", "local"),
     "prototypes.features": ("experts", "global"),
     "knowledge_distillation.images": ("generated", "real"),

@@ -68,12 +68,11 @@ def one_round(devices, lanes=1):
     from conftest import tiny_federation
 
     from mosaic_jax.stages.local_update import ClientUpdate
-    from mosaic_jax.stages.rounds import round_function, rounds
+    from mosaic_jax.stages.rounds import Rounds
 
     layout = {"parallel.devices": devices, "parallel.lanes": lanes}
     federation = tiny_federation(**ROUND, **layout)
-    run_round = round_function(federation, ClientUpdate(federation, 2))
-    stage = rounds(federation, run_round, "local_update", 1, 0.05)
+    stage = Rounds(federation, ClientUpdate(federation, 2), "local_update", 1, 0.05).stage()
     state = {"global": federation.initial_variables()}
     carry, metrics = stage.block(state, stage.start(state), 0)
     return carry["global"], {"loss": metrics["loss"], "accuracy": metrics["accuracy"]}

@@ -16,6 +16,7 @@ from mosaic_jax.metrics import check_finite
 from mosaic_jax.models.normalisation import norms, with_norms
 from mosaic_jax.stages import cohort, rounds
 from mosaic_jax.stages.federation import Federation
+from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.stages.server_distillation import divergence, mean_where, mode_seeking
 from mosaic_jax.types import UserError
 
@@ -228,7 +229,7 @@ def test_who_takes_part_is_drawn_by_the_seed_and_covers_everybody(make_federatio
     assert drawn == [tuple(cohort.participants(federation, t)) for t in range(12)]
     assert all(len(set(each)) == 2 for each in drawn)
     assert set(np.concatenate(drawn)) == {0, 1, 2, 3}
-    stage = rounds.rounds(federation, None, "local_update", 12, 0.1)
+    stage = rounds.Rounds(federation, ClientUpdate(federation, 1), "", 12, 0.1).stage()
     size = cohort.model_bytes(federation)[0]
     np.testing.assert_array_equal(
         stage.upload / size, np.bincount(np.concatenate(drawn), minlength=4)

@@ -12,7 +12,7 @@ from devices8 import ROUND, inputs, one_round, reduced, split_batch, train
 
 from mosaic_jax import parallel
 from mosaic_jax.stages.local_update import ClientUpdate
-from mosaic_jax.stages.rounds import round_function, rounds
+from mosaic_jax.stages.rounds import Rounds
 from mosaic_jax.types import UserError
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -84,8 +84,7 @@ def test_a_round_of_local_training_is_the_same_in_lanes_and_in_the_debug_loop(ma
     together, its_loss = one_round(1, lanes=3)
     assert_close((together, its_loss), (truth, loss), rtol=2e-4, atol=2e-5)
     federation = make_federation(**ROUND, **{"parallel.debug": True})
-    run_round = round_function(federation, ClientUpdate(federation, 2))
-    stage = rounds(federation, run_round, "local_update", 1, 0.05)
+    stage = Rounds(federation, ClientUpdate(federation, 2), "local_update", 1, 0.05).stage()
     state = {"global": federation.initial_variables()}
     carry, metrics = stage.block(state, stage.start(state), 0)
     found = carry["global"], {name: metrics[name] for name in loss}
@@ -176,18 +175,16 @@ def test_lanes_are_one_on_a_cpu_and_never_more_than_a_devices_clients():
 
 def test_rounds_and_learning_rates_share_one_compiled_program(make_federation, compilations):
     federation = make_federation(**ROUND)
-    run_round = round_function(federation, ClientUpdate(federation, 2))
     schedule = [0.1, 0.05, 0.02, 0.0].__getitem__
-    stage = rounds(federation, run_round, "local_update", 4, schedule)
-    tuning = rounds(federation, run_round, "fine_tuning", 2, 1e-4)
+    rounds = Rounds(federation, ClientUpdate(federation, 2), "local_update", 4, schedule)
+    stage = rounds.stage()
     state = {"global": federation.initial_variables()}
     carry, _ = stage.block(state, stage.start(state), 0)
     assert compilations.count("jit(one_round)") == 1
     for index in (1, 2, 3):
         carry, _ = stage.block(state, carry, index)
-    tuning.block(state, tuning.start(stage.finish(state, carry)), 0)
     assert compilations.count("jit(one_round)") == 1
-    assert run_round._cache_size() == 1
+    assert rounds.run._cache_size() == 1
 
 
 def test_the_count_of_compilations_counts(compilations):

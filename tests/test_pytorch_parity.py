@@ -40,7 +40,7 @@ from mosaic_jax.stages import (  # noqa: E402
     knowledge_distillation,
     meta_model,
     model_aggregation,
-    rounds,
+    round,
 )
 from mosaic_jax.stages.evaluation import evaluator, predictor  # noqa: E402
 from mosaic_jax.stages.local_update import Batch, ClientUpdate  # noqa: E402
@@ -289,7 +289,7 @@ def test_round(federation, record, request):
     """FedAvg of all clients."""
     steps, inputs = 3, round_inputs(federation)
     variables = perturbed(federation)
-    run = rounds.round_function(federation, ClientUpdate(federation, steps))
+    run = round.round_function(federation, ClientUpdate(federation, steps))
     sizes = cohort.size_weights(federation)
     members = cohort.cohort_of(federation, np.arange(federation.num_clients), sizes)
     expected = run({"global": federation.fresh(variables)}, inputs, members)

@@ -567,7 +567,7 @@ def test_traffic_is_what_the_arrays_weigh(make_federation, federation):
     blind = unequal(make_federation, **{"prototypes.features": "global"})
     assert_same(prototypes.collect(blind).upload, 4 * 16 * centres)
     assert_same(prototypes.collect(blind).download, [0] * 3)
-    seven = rounds.rounds(federation, None, "local_update", 7, 0.1)
+    seven = rounds.Rounds(federation, ClientUpdate(federation, 1), "", 7, 0.1).stage()
     assert_same([seven.download, seven.upload], [[7 * size] * 3] * 2)
 
 

@@ -9,7 +9,7 @@ import pytest
 from mosaic_jax import methods, rng
 from mosaic_jax.data.clients import epoch_batch, to_float
 from mosaic_jax.models import build_classifier, submodel
-from mosaic_jax.stages import calibration, cohort, model_aggregation, rounds
+from mosaic_jax.stages import calibration, cohort, model_aggregation, round
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.types import UserError
 
@@ -195,7 +195,7 @@ def by_hand(federation):
     for i, capacity in enumerate(CAPACITIES):
         client = jax.tree.map(lambda leaf, i=i: leaf[i], federation.clients)
         scheme = federation.config.submodel.scheme
-        sets = rounds.held_channels(federation, capacity, scheme, variables, 2, i)
+        sets = round.held_channels(federation, capacity, scheme, variables, 2, i)
         model = federation.model.clone(capacity=capacity)
         update = ClientUpdate(federation, 3, model=model)
         received = submodel.extract(variables, streams, sets)
@@ -221,7 +221,7 @@ def mean_over_holders(results, weights, previous):
 
 def test_a_round_averages_each_element_over_its_holders(federation, by_hand):
     variables, shared, results = by_hand
-    run = rounds.round_function(federation, ClientUpdate(federation, 3), keep=True)
+    run = round.round_function(federation, ClientUpdate(federation, 3), keep=True)
     weights = cohort.equal_weights(federation)
     members = cohort.cohort_of(federation, np.arange(3), weights)
     after = run({"global": federation.fresh(variables)}, shared, members)
@@ -233,7 +233,7 @@ def test_a_round_averages_each_element_over_its_holders(federation, by_hand):
 
 def test_what_nobody_in_the_round_holds_stays(federation, by_hand):
     variables, shared, results = by_hand
-    run = rounds.round_function(federation, ClientUpdate(federation, 3))
+    run = round.round_function(federation, ClientUpdate(federation, 3))
     weights = cohort.size_weights(federation)
     members = cohort.cohort_of(federation, np.array([1, 2]), weights)
     after = run({"global": federation.fresh(variables)}, shared, members)
@@ -251,7 +251,7 @@ def test_what_nobody_in_the_round_holds_stays(federation, by_hand):
 def test_experts_are_averaged_over_the_holders_of_class_and_element(federation, by_hand):
     """A class's holders where one of them holds the element, else everybody who does."""
     variables, shared, results = by_hand
-    run = rounds.round_function(federation, ClientUpdate(federation, 3))
+    run = round.round_function(federation, ClientUpdate(federation, 3))
     rows, _ = model_aggregation.expert_weights(federation.counts)
     sizes = cohort.size_weights(federation)
     members = cohort.cohort_of(federation, np.arange(3), np.concatenate([sizes, rows.T], axis=1))

@@ -25,6 +25,8 @@ def pack(
 ) -> dict[str, np.ndarray]:
     """Stack the clients' index lists into arrays with a leading client axis, on the host.
 
+    Their capacity is the largest client's number of images, rounded up to a power of two.
+
     Args:
       indices: for every client the indices of its images, at least one.
       labels: int [images], of the whole data set.
@@ -37,7 +39,8 @@ def pack(
     for client, part in enumerate(indices):
         if len(part) == 0:
             raise UserError(f"client {client} holds no images")
-    capacity = max(map(len, indices))
+    # A power of two, so that other seeds' partitions mostly find their programs compiled.
+    capacity = 1 << (max(map(len, indices)) - 1).bit_length()
     padded = [np.pad(part, (0, capacity - len(part)), constant_values=part[0]) for part in indices]
     counts = [np.bincount(labels[part], minlength=num_classes) for part in indices]
     return {

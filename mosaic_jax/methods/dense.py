@@ -49,5 +49,4 @@ class Dense(ServerDistillation):
 def stages(federation: Federation) -> list[Stage]:
     """The whole method is one stage."""
     update = ClientUpdate(federation, federation.config.local_update.steps)
-    run_round = rounds.round_function(federation, update, keep=True)
-    return [rounds.warm_up(federation, run_round, server=Dense(federation))]
+    return [rounds.warm_up(federation, update, server=Dense(federation))]

@@ -8,4 +8,4 @@ from mosaic_jax.stages.local_update import ClientUpdate
 def stages(federation: Federation) -> list[Stage]:
     """The whole method is one stage."""
     update = ClientUpdate(federation, federation.config.local_update.steps)
-    return [rounds.warm_up(federation, rounds.round_function(federation, update))]
+    return [rounds.warm_up(federation, update)]

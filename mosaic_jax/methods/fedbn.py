@@ -17,8 +17,7 @@ from mosaic_jax.stages.local_update import ClientUpdate
 def stages(federation: Federation) -> list[Stage]:
     """The whole method is one stage."""
     update = ClientUpdate(federation, federation.config.local_update.steps, personal=True)
-    run_round = rounds.round_function(federation, update)
-    training = rounds.warm_up(federation, run_round, personal=True)
+    training = rounds.warm_up(federation, update)
     own = personal_evaluator(federation, with_norms)
 
     def evaluate(state: State) -> dict[str, float]:

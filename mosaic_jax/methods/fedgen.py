@@ -150,5 +150,4 @@ def spread_loss(noise: Array, features: Array) -> Array:
 def stages(federation: Federation) -> list[Stage]:
     """The whole method is one stage."""
     update = GuidedUpdate(federation, federation.config.local_update.steps)
-    run_round = rounds.round_function(federation, update, keep=True)
-    return [rounds.warm_up(federation, run_round, server=FeatureGenerator(federation))]
+    return [rounds.warm_up(federation, update, server=FeatureGenerator(federation))]

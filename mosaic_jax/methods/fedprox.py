@@ -25,4 +25,4 @@ class ProximalUpdate(ClientUpdate):
 def stages(federation: Federation) -> list[Stage]:
     """The whole method is one stage."""
     update = ProximalUpdate(federation, federation.config.local_update.steps)
-    return [rounds.warm_up(federation, rounds.round_function(federation, update))]
+    return [rounds.warm_up(federation, update)]

@@ -20,4 +20,4 @@ class RestrictedUpdate(ClientUpdate):
 def stages(federation: Federation) -> list[Stage]:
     """The whole method is one stage."""
     update = RestrictedUpdate(federation, federation.config.local_update.steps)
-    return [rounds.warm_up(federation, rounds.round_function(federation, update))]
+    return [rounds.warm_up(federation, update)]

@@ -27,8 +27,7 @@ def stages(federation: Federation) -> list[Stage]:
     config = federation.config
     distillation, fine_tuning = config.knowledge_distillation, config.fine_tuning
     update = ClientUpdate(federation, config.local_update.steps)
-    run_round = rounds.round_function(federation, update)
-    plan = [rounds.warm_up(federation, run_round), model_aggregation.form_experts(federation)]
+    plan = [rounds.warm_up(federation, update), model_aggregation.form_experts(federation)]
     if needs_generators(config):
         plan.append(generator_optimization.train(federation))
     plan += [prototypes.collect(federation), meta_model.train(federation)]
@@ -36,14 +35,13 @@ def stages(federation: Federation) -> list[Stage]:
         plan.append(knowledge_distillation.distil(federation))
     if fine_tuning.batch_norm == "frozen":
         update = ClientUpdate(federation, config.local_update.steps, batch_norm="frozen")
-        run_round = rounds.round_function(federation, update)
-    tuning = rounds.rounds(
+    tuning = rounds.Rounds(
         federation,
-        run_round,
+        update,
         "fine_tuning",
         fine_tuning.rounds,
         fine_tuning.learning_rate,
         model="student" if distillation.steps else "global",
         first_round=config.local_update.rounds + 1,
-    )
+    ).stage()
     return [*plan, tuning]

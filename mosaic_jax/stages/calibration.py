@@ -19,14 +19,9 @@ from mosaic_jax.stages.federation import Federation, num_bytes
 from mosaic_jax.types import Array, PyTree, Variables
 
 
-def is_needed(federation: Federation) -> bool:
-    """Whether some client holds less than the whole model."""
-    return any(group.capacity < 1 for group in federation.groups)
-
-
 def model_bytes(federation: Federation) -> tuple[int, int]:
     """Bytes a client receives and sends to calibrate one model; 0 where none is calibrated."""
-    if not is_needed(federation):
+    if not federation.has_submodels:
         return 0, 0
     shapes = federation.shapes(federation.model)
     return num_bytes(shapes), num_bytes(shapes["batch_stats"])
@@ -40,9 +35,8 @@ def calibrator(federation: Federation) -> Callable[..., tuple[Variables, Variabl
     """
 
     def one_client(shared: PyTree, client: PyTree) -> tuple[PyTree, tuple[()]]:
-        size = min(federation.config.local_update.batch_size, client["index"].shape[0])
         key = rng.fold(shared["key"], client["id"])
-        positions, mask = epoch_batch(client, 0, key, size)
+        positions, mask = epoch_batch(client, 0, key, federation.batch_size)
         images = to_float(shared["data"]["images"][positions])
 
         def of_model(model: Variables) -> PyTree:

@@ -107,6 +107,16 @@ class Federation:
         """Number of clients."""
         return len(self.indices)
 
+    @property
+    def batch_size(self) -> int:
+        """Images in a client's batch; no more than the largest client holds."""
+        return min(self.config.local_update.batch_size, int(self.counts.sum(axis=1).max()))
+
+    @property
+    def has_submodels(self) -> bool:
+        """Whether some client holds less than the whole model."""
+        return any(group.capacity < 1 for group in self.groups)
+
     def map(self, function: Callable[[PyTree, PyTree], PyTree]) -> Callable[..., PyTree]:
         """`parallel.map_clients` with this run's layout."""
         layout = self.config.parallel

@@ -1,6 +1,6 @@
 """Local update (paper, Figure 1a): clients train the received model on their own data.
 
-One client's training is `ClientUpdate`; methods change its loss. A round (`stages/rounds.py`) maps
+One client's training is `ClientUpdate`; methods change its loss. A round (`stages/round.py`) maps
 it over the clients that take part and averages what comes back.
 """
 
@@ -95,11 +95,10 @@ class ClientUpdate:
         return ({"params": params, "batch_stats": statistics}, state), sums
 
     def batch(self, shared: PyTree, client: PyTree, number: Array) -> Batch:
-        """The batch of a step, augmented; never larger than the largest client."""
+        """The batch of a step, augmented."""
         config, data = self.federation.config, shared["data"]
         key = rng.fold(shared["key"], client["id"])
-        size = min(config.local_update.batch_size, client["index"].shape[0])
-        positions, mask = epoch_batch(client, number, key, size)
+        positions, mask = epoch_batch(client, number, key, self.federation.batch_size)
         augment = rng.fold(key, number, 1)
         images = crop_and_flip(
             to_float(data["images"][positions]), augment, config.data.crop_padding, config.data.flip

@@ -8,7 +8,9 @@ over the clients. Classes with equal weight rows have the same expert: only diff
 and `assignment` says whose each class is.
 
 With `expert_mode = "logits"` nothing is averaged: the clients' models are the members of the
-mixture, and expert c is the mean of their logits by the same weights.
+mixture, and expert c is the mean of their logits by the same weights. "auto" means that where some
+clients hold sub-models, and else "parameters": models stitched together from narrow ones are worse
+than the narrow ones (`docs/decisions.md`).
 """
 
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from mosaic_jax.stages.cohort import cohort_of, round_bytes, size_weights
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State
 from mosaic_jax.stages.local_update import ClientUpdate
-from mosaic_jax.stages.rounds import round_function, shared_numbers
+from mosaic_jax.stages.round import round_function, shared_numbers
 from mosaic_jax.types import Array, PyTree, Variables
 
 
@@ -44,6 +46,12 @@ def expert_weights(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows, assignment.reshape(-1).astype(np.int32)
 
 
+def averages_parameters(federation: Federation) -> bool:
+    """Whether experts are averages of parameters, rather than of logits."""
+    mode = federation.config.model_aggregation.expert_mode
+    return mode == "parameters" or (mode == "auto" and not federation.has_submodels)
+
+
 def form_experts(federation: Federation) -> Stage:
     """One more round, of all clients, that gives the experts and the next global model.
 
@@ -53,8 +61,8 @@ def form_experts(federation: Federation) -> Stage:
     config, counts = federation.config, federation.counts
     settings, everyone = config.model_aggregation, np.arange(federation.num_clients)
     run_round = round_function(federation, ClientUpdate(federation, settings.steps), keep=True)
-    weights, by_parameters = size_weights(federation), settings.expert_mode == "parameters"
-    if by_parameters:
+    weights, stitched = size_weights(federation), averages_parameters(federation)
+    if stitched:
         weights = np.concatenate([weights, expert_weights(counts)[0].T], axis=1)
     cohort = cohort_of(federation, everyone, weights)
     numbers = shared_numbers(
@@ -63,7 +71,7 @@ def form_experts(federation: Federation) -> Stage:
     key = federation.place(federation.key("model_aggregation"))
     shared = {"data": federation.data, "key": key} | numbers
     evaluate = evaluator(federation)
-    calibrate, part = calibration.calibrator(federation), calibration.is_needed(federation)
+    calibrate, part = calibration.calibrator(federation), federation.has_submodels
 
     def run(carry: PyTree) -> tuple[PyTree, PyTree]:
         result = run_round(carry, shared, cohort)
@@ -71,7 +79,7 @@ def form_experts(federation: Federation) -> Stage:
         if part:
             first, others = calibrate(jax.block_until_ready(first), others, shared, cohort)
         models = {"global": first, "clients": result["clients"], "experts": others}
-        if not by_parameters:
+        if not stitched:
             del models["experts"]
         return models, result["metrics"]
 
@@ -118,7 +126,7 @@ def mixture(federation: Federation) -> Callable[[Array], Array]:
     There are as many experts as classes.
     """
     rows, assignment = expert_weights(federation.counts)
-    if federation.config.model_aggregation.expert_mode == "parameters":
+    if averages_parameters(federation):
         return lambda logits: logits[..., assignment, :]
     mixing = rows[assignment]
     return lambda logits: jnp.einsum("em,...mc->...ec", mixing, logits, precision="highest")
@@ -126,6 +134,6 @@ def mixture(federation: Federation) -> Callable[[Array], Array]:
 
 def num_members(federation: Federation) -> int:
     """Models in the mixture: the different experts, or the clients."""
-    if federation.config.model_aggregation.expert_mode == "parameters":
+    if averages_parameters(federation):
         return len(expert_weights(federation.counts)[0])
     return federation.num_clients

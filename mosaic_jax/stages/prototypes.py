@@ -6,24 +6,22 @@ receives the experts, and the prototype of a cluster is, for each expert, the me
 own features over the cluster: the features the expert's head is given later. (The reference puts
 the global model's features into every expert's head, which none of them was trained on.)
 
-A client that holds a sub-model computes features with the channels it holds, the others are zero
-(methods, section 8.1).
+A client that trains a sub-model runs the models it is sent whole, too, one after the other and
+forward only: by the channels of its own sub-model, features are so unlike those that the experts'
+heads are given later that the meta model learns next to nothing (`docs/decisions.md`).
 """
 
-from functools import partial
-
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mosaic_jax import parallel, rng
 from mosaic_jax.data.clients import pack, to_float
-from mosaic_jax.models import submodel
 from mosaic_jax.stages.cohort import model_bytes
-from mosaic_jax.stages.federation import Federation, Stage, State, capacities
-from mosaic_jax.stages.model_aggregation import num_members
-from mosaic_jax.stages.rounds import held_channels
-from mosaic_jax.types import Array, PyTree, Variables
+from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
+from mosaic_jax.stages.model_aggregation import averages_parameters, num_members
+from mosaic_jax.types import Array, PyTree
 
 BATCH = 64
 """Images whose features are computed at a time."""
@@ -98,8 +96,7 @@ def client_prototypes(federation: Federation, shared: PyTree, client: PyTree) ->
       federation: model and settings.
       shared: "global" and the stacked members of the mixture, "experts", "data", and the stage's
         "key".
-      client: packed list of the images it may use and, with sub-models, "held" masks of channels
-        and "scaler" [1 + members] of the global model and each member.
+      client: packed list of the images it may use.
 
     Returns:
       "features" [members, classes, k, d] and "valid" [classes, k], 0 where there is no prototype.
@@ -134,8 +131,6 @@ def _features(federation: Federation, shared: PyTree, client: PyTree) -> Array:
         shared["global"],
         shared["experts"],
     )
-    of_model = partial(_held_features, federation, client.get("held", {}))
-    scalers = client.get("scaler", jnp.ones(parallel.count(models)))
     capacity = client["index"].shape[0]
     padded = jnp.pad(client["index"], (0, -capacity % BATCH))
 
@@ -143,9 +138,9 @@ def _features(federation: Federation, shared: PyTree, client: PyTree) -> Array:
         positions = jax.lax.dynamic_slice(padded, (number * BATCH,), (BATCH,))
         images = to_float(shared["data"]["images"][positions])
         if not own:
-            one = of_model(images, shared["global"], scalers[0])
+            one = federation.outputs(shared["global"], images).features
             return jnp.broadcast_to(one, (parallel.count(models), *one.shape))
-        return jax.lax.map(lambda pair: of_model(images, *pair), (models, scalers))
+        return jax.lax.map(lambda model: federation.outputs(model, images).features, models)
 
     shape = jax.eval_shape(of_batch, jnp.int32(0))
     buffer = jnp.zeros((shape.shape[0], padded.shape[0], shape.shape[2]))
@@ -157,45 +152,9 @@ def _features(federation: Federation, shared: PyTree, client: PyTree) -> Array:
     return jax.lax.fori_loop(0, batches, fill, buffer)[:, :capacity]
 
 
-def _held_features(
-    federation: Federation, held: submodel.Masks, images: Array, model: Variables, scaler: Array
-) -> Array:
-    """Features [batch, d] by the channels held, as large as all together would give."""
-    if not held:
-        return federation.outputs(model, images).features
-    streams = submodel.streams_of(federation.model)
-    part = jax.tree.map(jnp.multiply, model, submodel.coverage(model, streams, held))
-    return federation.outputs(submodel.widened(part, scaler), images).features * scaler
-
-
-def _held(federation: Federation) -> PyTree:
-    """What each client holds in the round that forms the experts, [clients, ...].
-
-    Nothing where all hold the whole model. "scaler" is by how much fewer channels a client holds
-    than a member of the mixture, 1 where it holds no fewer.
-    """
-    config, everyone = federation.config, capacities(federation.config)
-    if min(everyone) == 1:
-        return {}
-    full, streams = federation.shapes(federation.model), submodel.streams_of(federation.model)
-    scheme, last = config.submodel.scheme, config.local_update.rounds
-    held = []
-    for client, capacity in enumerate(everyone):
-        sets = held_channels(federation, capacity, scheme, full, last, client)
-        whole = {name: jnp.ones(width) for name, width in submodel.widths(streams, full).items()}
-        held.append(whole | submodel.masks(sets, streams, full))
-    by_parameters = config.model_aggregation.expert_mode == "parameters"
-    members = np.ones(num_members(federation)) if by_parameters else np.array(everyone)
-    shares = np.concatenate([[1.0], members]) / np.array(everyone)[:, None]
-    return {
-        "held": jax.tree.map(lambda *rows: jnp.stack(rows), *held),
-        "scaler": np.maximum(shares, 1.0).astype(np.float32),
-    }
-
-
 def collect(federation: Federation) -> Stage:
     """Prototypes of all clients and classes, as one compiled call."""
-    clients = federation.place(_subset(federation) | _held(federation))
+    clients = federation.place(_subset(federation))
     compiled = federation.jit(
         federation.map(lambda shared, client: client_prototypes(federation, shared, client))
     )
@@ -235,18 +194,30 @@ def _subset(federation: Federation) -> PyTree:
 def _traffic(federation: Federation) -> tuple[np.ndarray, np.ndarray]:
     """Bytes each client receives and sends, as float32.
 
-    Down go the members of the mixture, as far as the client holds them, which only "experts"
-    features need; the global model is there already. Up go the prototypes of the classes a client
-    holds, one for each member or one in all.
+    Down go the members of the mixture, which only "experts" features need; the global model is
+    there already. Up go the prototypes of the classes a client holds, one for each member or one in
+    all.
     """
     settings, counts = federation.config.prototypes, federation.counts
-    own, members = settings.features == "experts", num_members(federation)
-    images = jnp.zeros((1, *federation.dataset.image_shape))
-    widths = np.zeros(len(counts), int)
-    for group in federation.groups:
-        outputs = jax.eval_shape(group.model.apply, federation.shapes(group.model), images)
-        widths[group.members] = outputs.features.shape[-1]
+    if settings.features == "global":
+        download, features = 0, _feature_width(federation, federation.model)
+    elif averages_parameters(federation):
+        members = num_members(federation)
+        download = members * num_bytes(federation.shapes(federation.model))
+        features = members * _feature_width(federation, federation.model)
+    else:
+        download = model_bytes(federation).sum()
+        features = sum(
+            len(group.members) * _feature_width(federation, group.model)
+            for group in federation.groups
+        )
     used = np.minimum(counts, settings.images_per_class)
     centres = (used > 0) * np.where(used < settings.per_class, 1, settings.per_class)
-    upload = 4 * widths * (members if own else 1) * centres.sum(axis=1)
-    return members * model_bytes(federation) if own else np.zeros(len(counts)), upload
+    return np.full(len(counts), download), 4 * features * centres.sum(axis=1)
+
+
+def _feature_width(federation: Federation, model: nn.Module) -> int:
+    """Penultimate features of a model, d."""
+    images = jnp.zeros((1, *federation.dataset.image_shape))
+    outputs = jax.eval_shape(model.apply, federation.shapes(model), images)
+    return int(outputs.features.shape[-1])
