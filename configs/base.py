@@ -2,7 +2,8 @@
 
     python -m mosaic_jax.main --config=configs/base.py:small --workdir=runs/base
 
-Options: `:mild`, `:moderate` (default), `:severe`, `:small`; they combine, as in `:severe,small`.
+Options: `:mild`, `:moderate` (default), `:severe`, `:narrow`, `:small`; they combine, as in
+`:severe,small`.
 The full form is the paper's CIFAR-10 schedule and meant for an accelerator.
 """
 

@@ -6,7 +6,8 @@ On one CPU core 21 to 30 minutes. Test accuracy over seeds 0, 1, 2: global model
 79.6 ± 3.9, student 77.4 ± 2.6, fine-tuned 78.3 ± 1.6; `:severe` 43.4 ± 10.9, 67.1 ± 1.2,
 72.8 ± 1.9, 73.9 ± 1.3.
 
-Options: `:mild`, `:moderate` (default), `:severe`, `:small`; they combine, as in `:severe,small`.
+Options: `:mild`, `:moderate` (default), `:severe`, `:narrow`, `:small`; they combine, as in
+`:severe,small`.
 """
 
 from ml_collections import ConfigDict

@@ -33,6 +33,14 @@ STAGES = (  # in order; each named like the section of the settings it depends o
     "fine_tuning",
 )
 
+FINAL = (
+    "student after fine-tuning",
+    "student after distillation",
+    "global model, last round",
+    "global model (FedAvg)",
+)
+"""Rows of the model a method ends with, the first that there is."""
+
 
 def config(
     get_config: Callable[[str], ConfigDict], level: str, seed: int, *changes: Settings
@@ -74,6 +82,11 @@ def run(settings: Config, workdir: Path) -> dict[str, float]:
     if not (workdir / "summary.json").exists():
         experiment.run(main.prepare(settings), workdir, progress)
     return {label: 100 * test for label, test, *_ in result_rows(workdir)}
+
+
+def final(row: Mapping[str, float]) -> float:
+    """Of the rows of a run's result table, that of the model the method ends with."""
+    return next(row[label] for label in FINAL if label in row)
 
 
 def progress(stage: object, done: int, seconds: float, figures: Mapping[str, Any]) -> None:

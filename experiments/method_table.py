@@ -3,15 +3,16 @@
     python -m experiments.method_table --config digits --levels moderate severe --seeds 0 1 2
 
 A cell is one run: a method, a level of label heterogeneity, a budget (all clients hold the whole
-model, or `rho`-`sigma` sub-models) and a seed. All cells have the same rounds and local steps:
-the baselines' rounds are Mosaic's with its expert-forming and fine-tuning rounds added. Cells that
-have ended are not run again, so the command can be stopped and repeated, or run by several
+model, or the sub-models of the config's option `narrow`) and a seed. All cells have the same local
+steps: the baselines' rounds are Mosaic's with its expert-forming and fine-tuning steps added. Cells
+that have ended are not run again, so the command can be stopped and repeated, or run by several
 processes for different methods; the table shows what is there. It is written as Markdown, CSV and
 LaTeX, test accuracy in percent, mean and sample standard deviation over seeds.
 """
 
 import argparse
 import csv
+import dataclasses
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,29 +21,27 @@ from typing import Any
 from experiments import branches
 from experiments.branches import Settings, spread
 from mosaic_jax import main, methods
+from mosaic_jax.config import Config
 from mosaic_jax.settings import HETEROGENEITY
 
-BUDGETS: dict[str, Settings] = {
-    "whole": {},
-    "rho5-sigma4": {"submodel.rho": 5, "submodel.sigma": 4},
-}
-"""Model heterogeneity: what each client can hold."""
-
-SCORES = ("student after fine-tuning", "global model, last round")
-"""The row of a run's result table that counts, the first that there is."""
+BUDGETS = {"whole": "", "narrow": "narrow"}
+"""Model heterogeneity, what each client can hold: the config's option."""
 
 Cell = tuple[str, str, str, int]
 """Method, level, budget, seed."""
 
 
-def changes(get_config: Callable[[str], Any], method: str, budget: str, own: Settings) -> Settings:
-    """What sets a cell apart from the config file, and makes its rounds as many as Mosaic's."""
-    config = branches.config(get_config, "", 0, own)
-    rounds = {}
-    if method != "mosaic":
-        extra = 1 + config.fine_tuning.rounds
-        rounds = {"local_update.rounds": config.local_update.rounds + extra}
-    return {**own, **rounds, **BUDGETS[budget], "method": method}
+def config(get_config: Callable[[str], Any], cell: Cell, own: Settings) -> Config:
+    """The config of a cell: the file's, with as many local steps as Mosaic makes."""
+    method, level, budget, seed = cell
+    options = f"{level},{BUDGETS[budget]}"
+    chosen = branches.config(get_config, options, seed, own, {"method": method})
+    if method == "mosaic":
+        return chosen
+    local = chosen.local_update
+    tuning = chosen.fine_tuning.rounds * local.steps
+    rounds = local.rounds + round((chosen.model_aggregation.steps + tuning) / local.steps)
+    return dataclasses.replace(chosen, local_update=dataclasses.replace(local, rounds=rounds))
 
 
 def cells(arguments: argparse.Namespace) -> list[Cell]:
@@ -66,11 +65,6 @@ def folder(root: Path, cell: Cell) -> Path:
     return root / "-".join(map(str, cell))
 
 
-def score(row: dict[str, float]) -> float:
-    """Test accuracy in percent of the model a method ends with."""
-    return next(row[label] for label in SCORES if label in row)
-
-
 def found(root: Path, wanted: list[Cell]) -> dict[Cell, float]:
     """Scores of the cells that have ended."""
     results = {}
@@ -78,7 +72,7 @@ def found(root: Path, wanted: list[Cell]) -> dict[Cell, float]:
         path = folder(root, cell)
         if (path / "summary.json").exists():
             rows = {label: 100 * test for label, test, *_ in branches.result_rows(path)}
-            results[cell] = score(rows)
+            results[cell] = branches.final(rows)
     return results
 
 
@@ -179,11 +173,10 @@ if __name__ == "__main__":
     get_config = importlib.import_module(f"configs.{arguments.config}").get_config
     arguments.root.mkdir(parents=True, exist_ok=True)
     main.set_up_jax(clients=10)
-    for method, level, budget, seed in [] if arguments.show else cells(arguments):
-        path = folder(arguments.root, (method, level, budget, seed))
+    for cell in [] if arguments.show else cells(arguments):
+        path = folder(arguments.root, cell)
         if (path / "summary.json").exists():
             continue
-        own = changes(get_config, method, budget, dict(arguments.set))
         print(path.name, flush=True)
-        branches.run(branches.config(get_config, level, seed, own), path)
+        branches.run(config(get_config, cell, dict(arguments.set)), path)
     print(write(arguments))

@@ -20,6 +20,9 @@ from mosaic_jax.types import UserError
 HETEROGENEITY = {"mild": 1.0, "moderate": 0.1, "severe": 0.01}
 """Named levels of label heterogeneity: the Dirichlet concentration alpha."""
 
+OPTIONS = ("small", "narrow", *HETEROGENEITY)
+"""Words that may follow a config file's name."""
+
 CHOICES = {
     "partition.kind": ("dirichlet", "dirichlet_balanced", "iid"),
     "model.conv": ("auto", "native", "gradients"),
@@ -72,8 +75,9 @@ def make(options: str, changes: Mapping[str, Any], small: Mapping[str, Any]) -> 
     """A config file's settings: the defaults with `changes`, and what its `:options` ask for.
 
     Args:
-      options: comma-separated words behind the file's name: a level of `HETEROGENEITY`, and
-        `small` for a form that ends in about a minute on a CPU. May be empty.
+      options: comma-separated words behind the file's name: a level of `HETEROGENEITY`; `narrow`
+        for clients that hold sub-models; `small` for a form that ends in about a minute on a CPU.
+        May be empty.
       changes: dotted setting -> value.
       small: the same, on top, for the `small` form.
 
@@ -82,14 +86,29 @@ def make(options: str, changes: Mapping[str, Any], small: Mapping[str, Any]) -> 
     """
     config = ConfigDict(_with_placeholders(Config()))
     config.update_from_flattened_dict(dict(changes))
-    for option in filter(None, options.split(",")):
-        if option == "small":
-            config.update_from_flattened_dict(dict(small))
-        elif option in HETEROGENEITY:
-            config.partition.alpha = HETEROGENEITY[option]
-        else:
-            raise UserError(unknown("option", option, ["small", *HETEROGENEITY]))
+    words = [word for word in options.split(",") if word]
+    for word in words:
+        if word not in OPTIONS:
+            raise UserError(unknown("option", word, list(OPTIONS)))
+        config.partition.alpha = HETEROGENEITY.get(word, config.partition.alpha)
+    if "small" in words:
+        config.update_from_flattened_dict(dict(small))
+    if "narrow" in words:
+        _narrow(config)
     return config
+
+
+def _narrow(config: ConfigDict) -> None:
+    """Give clients the paper's budgets, first channels of each layer, and room to train alone.
+
+    Rounds after the distillation would put the student together from sub-models and undo it, so
+    clients make their steps before the experts are formed (`docs/decisions.md`).
+    """
+    config.submodel.update(rho=5, sigma=4, scheme="static")
+    experts, tuning, local = config.model_aggregation, config.fine_tuning, config.local_update
+    experts.steps += tuning.rounds * local.steps
+    experts.learning_rate = local.learning_rate
+    tuning.rounds = 0
 
 
 def _with_placeholders(node: Any) -> dict[str, Any]:
@@ -197,6 +216,12 @@ def _check_together(config: Config) -> None:
     if config.generator_optimization.adversary == "local" and (shares or config.submodel.rho):
         raise UserError(
             "generator_optimization.adversary = 'local' needs clients that hold the whole model"
+        )
+    tuning = config.fine_tuning
+    if tuning.rounds and tuning.batch_norm == "frozen" and (shares or config.submodel.rho):
+        raise UserError(
+            "fine_tuning.batch_norm = 'frozen' needs clients that hold the whole model; "
+            "set fine_tuning.rounds = 0, or take the config's option 'narrow'"
         )
     if local.final_learning_rate is not None and not local.learning_rate:
         raise UserError(

@@ -71,19 +71,25 @@ def table_arguments(root, **changes):
         "root": root,
         "methods": ["fedavg", "fedrolex", "mosaic"],
         "levels": ["moderate", "severe"],
-        "budgets": ["whole", "rho5-sigma4"],
+        "budgets": ["whole", "narrow"],
         "seeds": [0, 1],
     }
     return argparse.Namespace(**chosen | changes)
 
 
-def test_every_cell_of_the_method_table_has_as_many_rounds(tmp_path):
+@pytest.mark.parametrize("budget", ["whole", "narrow"])
+def test_every_cell_of_the_method_table_has_as_many_local_steps(budget):
     for method in ("fedavg", "mosaic", "dfrd"):
-        own = method_table.changes(tiny_config, method, "rho5-sigma4", {})
-        config = branches.config(tiny_config, "severe", 1, own)
-        extra = (1 + config.fine_tuning.rounds) if method == "mosaic" else 0
-        assert config.local_update.rounds + extra == 4
-        assert (config.method, config.submodel.rho, config.partition.alpha) == (method, 5, 0.01)
+        chosen = method_table.config(
+            tiny_config, (method, "severe", budget, 1), {"data.flip": True}
+        )
+        local, extra = chosen.local_update, 0
+        if method == "mosaic":
+            extra = chosen.model_aggregation.steps + chosen.fine_tuning.rounds * local.steps
+        assert local.rounds * local.steps + extra == 4 * local.steps
+        assert (chosen.method, chosen.partition.alpha, chosen.seed) == (method, 0.01, 1)
+        assert chosen.submodel.rho == {"whole": 0, "narrow": 5}[budget]
+        assert chosen.data.flip
 
 
 def test_cells_come_seed_by_seed_and_equal_methods_once(tmp_path):
@@ -91,7 +97,7 @@ def test_cells_come_seed_by_seed_and_equal_methods_once(tmp_path):
     assert len(cells) == len(set(cells)) == 2 * (2 * 2 + 3 * 2)
     assert [seed for *_, seed in cells] == [0] * 10 + [1] * 10
     assert ("fedrolex", "severe", "whole", 0) not in cells
-    assert ("fedrolex", "severe", "rho5-sigma4", 0) in cells
+    assert ("fedrolex", "severe", "narrow", 0) in cells
 
 
 def test_the_method_table_shows_what_has_ended(tmp_path, monkeypatch):
@@ -100,7 +106,7 @@ def test_the_method_table_shows_what_has_ended(tmp_path, monkeypatch):
     ended = {
         ("fedavg", "moderate", "whole", 0): 0.5,
         ("fedavg", "moderate", "whole", 1): 0.6,
-        ("mosaic", "severe", "rho5-sigma4", 1): 0.7,
+        ("mosaic", "severe", "narrow", 1): 0.7,
     }
     for cell in ended:
         method_table.folder(tmp_path, cell).mkdir()

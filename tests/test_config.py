@@ -21,7 +21,14 @@ from mosaic_jax.types import UserError
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mosaic_jax"
 CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
-OPTIONS = ["", "small", *HETEROGENEITY, *(f"{level},small" for level in HETEROGENEITY)]
+OPTIONS = [
+    "",
+    "small",
+    "narrow",
+    "small,narrow",
+    *HETEROGENEITY,
+    *(f"{level},small" for level in HETEROGENEITY),
+]
 
 
 def settings_of(cls, prefix=""):
@@ -104,6 +111,17 @@ def test_options_combine_in_any_order(options):
     assert (chosen.partition.alpha, chosen.model.width, chosen.seed) == (0.01, 4, 5)
 
 
+@pytest.mark.parametrize("options", ["narrow", "small,narrow", "narrow,small"])
+def test_narrow_gives_sub_models_and_spends_fine_tuning_before_the_experts(options):
+    changes = {"fine_tuning.rounds": 7, "local_update.learning_rate": 0.3}
+    chosen = make(options, changes, {"fine_tuning.rounds": 2})
+    rounds = 2 if "small" in options else 7
+    assert (chosen.submodel.rho, chosen.submodel.sigma, chosen.submodel.scheme) == (5, 4, "static")
+    assert chosen.model_aggregation.steps == 10 + 10 * rounds
+    assert chosen.model_aggregation.learning_rate == 0.3
+    assert chosen.fine_tuning.rounds == 0
+
+
 def test_small_changes_nothing_unless_asked_for():
     assert make("mild", {"model.width": 16}, {"model.width": 4}).model.width == 16
 
@@ -118,7 +136,7 @@ def test_an_unknown_option_names_the_nearest(given, meant):
 
 
 def test_an_option_like_no_other_gets_the_whole_list():
-    with pytest.raises(UserError, match="known: small, mild, moderate, severe"):
+    with pytest.raises(UserError, match="known: small, narrow, mild, moderate, severe"):
         make("qqqq", {}, {})
 
 

@@ -80,10 +80,13 @@ BAD = {
         [DIGITS, "--config.local_update.clients_per_round=11"],
         "local_update.clients_per_round = 11, but there are 10",
     ),
+    "fine-tuning narrow clients on the student's statistics": (
+        [DIGITS, "--config.submodel.rho=5"],
+        "set fine_tuning.rounds = 0, or take the config's option 'narrow'",
+    ),
     "a local adversary of half a model": (
         [
-            "--config=configs/digits.py",
-            "--config.submodel.rho=5",
+            "--config=configs/digits.py:narrow",
             "--config.generator_optimization.adversary=local",
         ],
         "needs clients that hold the whole model",

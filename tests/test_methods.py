@@ -22,7 +22,7 @@ from mosaic_jax.types import UserError
 
 METHODS = list(methods.METHODS)
 VARIANTS = {name: {"method": name} for name in METHODS} | {
-    "mosaic, experts by logits": {"method": "mosaic", "model_aggregation.expert_mode": "logits"}
+    "mosaic, stitched experts": {"method": "mosaic", "model_aggregation.expert_mode": "parameters"}
 }
 SHORT = {
     "data.image_size": 16,
