@@ -12,24 +12,7 @@ from ml_collections import ConfigDict
 from mosaic_jax import settings
 
 SETTINGS = {"data.name": "synthetic", "data.image_size": 32}
-SMALL = {
-    "data.image_size": 16,
-    "data.train_images": 500,
-    "partition.clients": 5,
-    "model.name": "cnn",
-    "model.width": 8,
-    "local_update.rounds": 5,
-    "local_update.learning_rate": 0.1,
-    "model_aggregation.learning_rate": 0.1,
-    "generator_optimization.steps": 200,
-    "generator_optimization.batch_size": 32,
-    "generator_optimization.width": 8,
-    "generator_optimization.adversary_width": 8,
-    "meta_model.feedforward": 128,
-    "knowledge_distillation.steps": 50,
-    "knowledge_distillation.learning_rate": 1e-3,
-    "fine_tuning.rounds": 2,
-}
+SMALL = {**settings.SMALL, "data.image_size": 16, "data.train_images": 500}
 
 
 def get_config(options: str = "") -> ConfigDict:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from mosaic_jax import experiment, methods, parallel, report, settings
 from mosaic_jax.config import Config
-from mosaic_jax.data import sources
+from mosaic_jax.data import cache, sources
 from mosaic_jax.stages import federation as federations
 from mosaic_jax.stages.federation import Federation, Stage
 from mosaic_jax.types import UserError
@@ -129,8 +129,7 @@ def set_up_jax(clients: int) -> None:
         cores = len(os.sched_getaffinity(0))
         jax.config.update("jax_num_cpu_devices", min(cores, clients, CPU_DEVICES))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "mosaic_jax" / "compilation"))
+        jax.config.update("jax_compilation_cache_dir", str(cache.root() / "compilation"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it writes
     warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")

@@ -23,6 +23,31 @@ HETEROGENEITY = {"mild": 1.0, "moderate": 0.1, "severe": 0.01}
 OPTIONS = ("small", "narrow", *HETEROGENEITY)
 """Words that may follow a config file's name."""
 
+SMALL = {
+    "data.train_images": 1000,
+    "data.test_images": 200,
+    "partition.clients": 5,
+    "model.name": "cnn",
+    "model.width": 8,
+    "local_update.rounds": 4,
+    "local_update.learning_rate": 0.1,
+    "model_aggregation.learning_rate": 0.1,
+    "generator_optimization.steps": 40,
+    "generator_optimization.block_steps": 20,
+    "generator_optimization.batch_size": 16,
+    "generator_optimization.width": 8,
+    "generator_optimization.adversary_width": 8,
+    "prototypes.per_class": 4,
+    "meta_model.steps": 40,
+    "meta_model.feedforward": 64,
+    "knowledge_distillation.steps": 20,
+    "knowledge_distillation.block_steps": 10,
+    "knowledge_distillation.images_per_generator": 16,
+    "knowledge_distillation.learning_rate": 3e-3,
+    "fine_tuning.rounds": 1,
+}
+"""The `small` form of the published sets: whether everything runs, not how well."""
+
 CHOICES = {
     "partition.kind": ("dirichlet", "dirichlet_balanced", "iid"),
     "model.conv": ("auto", "native", "gradients"),

@@ -1,52 +1,14 @@
-"""Sources, damaged files, and batches: every image once an epoch, whatever the padding."""
+"""Sets that need no files, and batches: every image once an epoch, whatever the padding."""
 
-import gzip
 import itertools
-import struct
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mosaic_jax.data import clients, idx, load, names, sources
+from mosaic_jax.data import clients, load, made, names, sources
 from mosaic_jax.types import UserError
-
-TRAIN, TEST = 30, 12
-
-
-def idx_bytes(array: np.ndarray) -> bytes:
-    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-    return header + array.astype(np.uint8).tobytes()
-
-
-def write_set(folder: Path, compress: bool = False) -> dict[str, np.ndarray]:
-    """A tiny data set in MNIST's layout; returns the arrays by file stem."""
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(0)
-    arrays = {}
-    for prefix, count in (("train", TRAIN), ("t10k", TEST)):
-        arrays[f"{prefix}-images-idx3-ubyte"] = generator.integers(0, 256, (count, 28, 28))
-        arrays[f"{prefix}-labels-idx1-ubyte"] = np.arange(count) % 10
-    for stem, array in arrays.items():
-        content = idx_bytes(array)
-        if compress:
-            (folder / f"{stem}.gz").write_bytes(gzip.compress(content))
-        else:
-            (folder / stem).write_bytes(content)
-    return arrays
-
-
-@pytest.fixture
-def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No data on this machine: the cache, the system's folder and the variable lead nowhere."""
-    monkeypatch.delenv(sources.DATA_VARIABLE, raising=False)
-    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
-    entry = sources.SOURCES["fashion_mnist"]
-    elsewhere = sources.partial(entry.read, system_folder=tmp_path / "system")
-    monkeypatch.setitem(sources.SOURCES, "fashion_mnist", sources.replace(entry, read=elsewhere))
-    return tmp_path
 
 
 @pytest.mark.parametrize("size", [16, 32])
@@ -69,7 +31,7 @@ def test_digits(size: int) -> None:
 def test_digits_split_ignores_the_seed_and_loses_nothing() -> None:
     first, second = load("digits", seed=0), load("digits", seed=1)
     np.testing.assert_array_equal(first.test_images, second.test_images)
-    images, labels = sources.load_digits(return_X_y=True)
+    images, labels = made.load_digits(return_X_y=True)
     both = np.concatenate([first.train_labels, first.test_labels])
     np.testing.assert_array_equal(np.bincount(both), np.bincount(labels))
     total = sum(float(part.sum()) for part in (first.train_images, first.test_images))
@@ -81,7 +43,7 @@ def test_bilinear_resize_matches_jax() -> None:
     images = np.random.default_rng(0).uniform(size=(3, 8, 8))
     for size in (8, 16, 32):
         expected = jax.image.resize(images, (3, size, size), "bilinear")
-        np.testing.assert_allclose(sources._resize_bilinear(images, size), expected, atol=1e-6)
+        np.testing.assert_allclose(made._resize_bilinear(images, size), expected, atol=1e-6)
 
 
 def test_synthetic_is_seeded_sized_and_learnable() -> None:
@@ -119,7 +81,11 @@ def test_subset_is_seeded_and_in_archive_order() -> None:
     ("name", "options", "message"),
     [
         ("fashion-mnist", {}, "did you mean 'fashion_mnist'"),
-        ("nothing like it", {}, "known: digits, fashion_mnist, synthetic"),
+        (
+            "nothing like it",
+            {},
+            "known: cifar10, cifar100, digits, fashion_mnist, ",
+        ),
         ("digits", {"image_size": 28}, "no image size 28; it offers 16, 32"),
         ("synthetic", {"image_size": 2}, "no image size 2"),
         ("digits", {"train_images": 1438}, "has 1437 train images"),
@@ -131,96 +97,6 @@ def test_impossible_requests_are_refused(name: str, options: dict, message: str)
     with pytest.raises(UserError, match=message) as caught:
         load(name, **options)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("compress", [False, True], ids=["plain", "gz"])
-@pytest.mark.parametrize("folder", ["", "fashion_mnist", "fashion-mnist"])
-def test_idx_set_is_found_and_padded(nowhere: Path, compress: bool, folder: str) -> None:
-    arrays = write_set(nowhere / "mine" / folder, compress)
-    data = load("fashion_mnist", directory=nowhere / "mine")
-    assert data.train_images.shape == (TRAIN, 32, 32, 1)
-    expected = arrays["train-images-idx3-ubyte"]
-    np.testing.assert_array_equal(data.train_images[:, 2:30, 2:30, 0], expected)
-    assert data.train_images.sum() == expected.sum(), "the frame is black"
-    np.testing.assert_array_equal(data.test_labels, arrays["t10k-labels-idx1-ubyte"])
-    assert data.test_labels.dtype == np.int32
-    assert (data.mean, data.std) == ((0.2860,), (0.3530,))
-
-
-@pytest.mark.parametrize("place", ["variable/fashion-mnist", "cache/fashion_mnist", "system"])
-def test_other_places_are_looked_at(
-    nowhere: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    monkeypatch.setenv(sources.DATA_VARIABLE, str(nowhere / "variable"))
-    write_set(nowhere / place)
-    assert len(load("fashion_mnist").train_labels) == TRAIN
-    with pytest.raises(UserError, match="empty"):
-        load("fashion_mnist", directory=nowhere / "empty")  # a folder that is named is the only one
-
-
-def test_missing_set_says_how_to_get_it(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(sources.DATA_VARIABLE, str(nowhere / "variable"))
-    with pytest.raises(UserError) as caught:
-        load("fashion_mnist")
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in (
-        "'fashion_mnist' not found",
-        str(nowhere / "variable"),
-        str(nowhere / "variable" / "fashion-mnist"),
-        str(nowhere / "cache" / "fashion_mnist"),
-        str(nowhere / "system"),
-        "train-images-idx3-ubyte",
-        "apt-get install dataset-fashion-mnist",
-        "--config.data.directory",
-    ):
-        assert part in message
-
-
-def test_incomplete_set_is_not_passed_over(nowhere: Path) -> None:
-    write_set(nowhere / "system")
-    write_set(nowhere / "mine")
-    (nowhere / "mine" / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(UserError, match=r"mine is incomplete: no t10k-labels-idx1-ubyte"):
-        load("fashion_mnist", directory=nowhere / "mine")
-
-
-IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
-GOOD_IMAGES = idx_bytes(np.zeros((TRAIN, 28, 28)))
-DAMAGE = {
-    "truncated": (IMAGES, GOOD_IMAGES[:-1], "is truncated"),
-    "header cut": (IMAGES, GOOD_IMAGES[:10], "header has 10 of 16 bytes"),
-    "empty": (IMAGES, b"", "starts with nothing"),
-    "too long": (IMAGES, GOOD_IMAGES + b"x", "is too long"),
-    "wrong magic": (IMAGES, b"PNG!" + GOOD_IMAGES[4:], "expected 00000803"),
-    "labels for images": (IMAGES, idx_bytes(np.zeros(TRAIN)), "expected 00000803"),
-    "no images": (IMAGES, idx_bytes(np.zeros((0, 28, 28))), "holds no images"),
-    "wrong size": (IMAGES, idx_bytes(np.zeros((TRAIN, 27, 28))), r"images of \(27, 28\)"),
-    "label out of range": (LABELS, idx_bytes(np.full(TRAIN, 10)), "holds label 10"),
-    "counts differ": (LABELS, idx_bytes(np.zeros(TRAIN - 1)), "30 images but .* 29 labels"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_file_is_named(nowhere: Path, damage: str) -> None:
-    stem, content, message = DAMAGE[damage]
-    write_set(nowhere)
-    (nowhere / stem).write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        load("fashion_mnist", directory=nowhere)
-    assert str(nowhere / stem) in str(caught.value)
-
-
-@pytest.mark.parametrize("cut", [0, 5, 40, 0.5])
-def test_damaged_gzip_is_named(tmp_path: Path, cut: float) -> None:
-    path = tmp_path / f"{IMAGES}.gz"
-    whole = gzip.compress(idx_bytes(np.random.default_rng(0).integers(0, 256, (9, 28, 28))))
-    path.write_bytes(whole[: int(cut * len(whole)) if cut < 1 else int(cut)])
-    with pytest.raises(UserError, match=str(path)):
-        idx.read(path, dimensions=3)
-    path.write_bytes(b"not gzip at all")
-    with pytest.raises(UserError, match="cannot be read"):
-        idx.read(path, dimensions=3)
 
 
 def test_every_registered_set_offers_its_default_size() -> None:

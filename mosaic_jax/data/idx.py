@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mosaic_jax.data.splits import labelled
 from mosaic_jax.types import UserError
 
 UNSIGNED_BYTES = 0x08
@@ -28,18 +29,14 @@ def read_pair(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [count, height, width] and labels int32 [count] of one split."""
     images = read(images_path, dimensions=3)
-    labels = read(labels_path, dimensions=1).astype(np.int32)
     if len(images) == 0:
         raise UserError(f"{images_path} holds no images")
+    labels = read(labels_path, dimensions=1)
     if len(images) != len(labels):
         raise UserError(
             f"{images_path} holds {len(images)} images but {labels_path} {len(labels)} labels"
         )
-    if labels.max() >= num_classes:
-        raise UserError(
-            f"{labels_path} holds label {labels.max()}; labels must lie in 0..{num_classes - 1}"
-        )
-    return images, labels
+    return labelled(labels_path, images, labels, num_classes)
 
 
 def read(path: Path, dimensions: int) -> np.ndarray:

@@ -1,0 +1,289 @@
+"""Small data sets in the seven sets' original formats, for tests and for trying things out.
+
+    python -m experiments.small_sets --root runs/small_sets
+
+Then for example `python -m mosaic_jax.main --config=configs/cifar10.py:small
+--config.data.directory=runs/small_sets/cifar10 --workdir=runs/cifar10-small`. Each image is a
+colour of its class with noise; every format holds the same images of a set.
+"""
+
+import argparse
+import gzip
+import io
+import shutil
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.io import savemat
+
+from mosaic_jax.data.forms import IDX_STEMS
+from mosaic_jax.data.splits import Splits
+
+CLASSES = {
+    "mnist": 10,
+    "fashion_mnist": 10,
+    "svhn": 10,
+    "cifar10": 10,
+    "cifar100": 100,
+    "tiny_imagenet": 200,
+    "food101": 101,
+    "own": 3,
+}
+SIZES = {"mnist": (28, 1), "fashion_mnist": (28, 1), "tiny_imagenet": (64, 3), "food101": (48, 3)}
+"""Height and channels where they are not 32 and 3."""
+
+
+def images(name: str, per_class: int = 2, seed: int = 0) -> Splits:
+    """The images of a small set: so many of each class for training, a fifth of it for testing."""
+    generator = np.random.default_rng(seed)
+    size, channels = SIZES.get(name, (32, 3))
+    colours = generator.integers(40, 216, (CLASSES[name], 1, 1, channels))
+
+    def split(count: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = generator.permutation(np.repeat(np.arange(CLASSES[name]), count)).astype(np.int32)
+        noise = generator.integers(-40, 41, (len(labels), size, size, channels))
+        return (colours[labels] + noise).astype(np.uint8), labels
+
+    return Splits(*split(per_class), *split(max(1, per_class // 5)))
+
+
+def write_idx(folder: Path, splits: Splits, zipped: bool = True) -> None:
+    """MNIST's four files."""
+    for stem, array in zip(IDX_STEMS, splits, strict=True):
+        array = array.squeeze(-1) if array.ndim == 4 else array.astype(np.uint8)
+        header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+        content = header + array.tobytes()
+        path = folder / (f"{stem}.gz" if zipped else stem)
+        path.write_bytes(gzip.compress(content, mtime=0) if zipped else content)
+
+
+def write_mat(folder: Path, splits: Splits) -> None:
+    """SVHN's two files; the digit 0 has label 10."""
+    for name, pictures, labels in (
+        ("train_32x32.mat", splits.train_images, splits.train_labels),
+        ("test_32x32.mat", splits.test_images, splits.test_labels),
+    ):
+        shifted = np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]
+        content = {"X": pictures.transpose(1, 2, 3, 0), "y": shifted}
+        savemat(folder / name, content, do_compression=True)
+
+
+def _rows(pictures: np.ndarray) -> np.ndarray:
+    return pictures.transpose(0, 3, 1, 2).reshape(len(pictures), -1)
+
+
+def _text(content: bytes) -> bytes:
+    """A Python 2 string in a pickle, which today's `pickle` reads but does not write."""
+    short = len(content) < 256
+    return (b"U" + bytes([len(content)]) if short else b"T" + _long(len(content))) + content
+
+
+def _long(number: int) -> bytes:
+    return struct.pack("<i", number)
+
+
+def _numbers(labels: np.ndarray) -> bytes:
+    return b"](" + b"".join(b"J" + _long(int(label)) for label in labels) + b"e"
+
+
+def _array(rows: np.ndarray) -> bytes:
+    """A uint8 array as NumPy wrote it under Python 2."""
+    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + _text(b"b")
+    kind = b"cnumpy\ndtype\n" + _text(b"u1") + b"K\x00K\x01\x87R(K\x03" + _text(b"|") + b"NNN"
+    kind += b"J" + _long(-1) + b"J" + _long(-1) + b"K\x00tb"
+    shape = b"".join(b"J" + _long(size) for size in rows.shape) + b"\x86"
+    return made + b"\x87R(K\x01" + shape + kind + b"\x89" + _text(rows.tobytes()) + b"tb"
+
+
+def cifar_pickles(name: str, splits: Splits) -> dict[str, bytes]:
+    """The pickles of CIFAR-10 (training in two batches) or CIFAR-100 by their names."""
+    key = b"labels" if name == "cifar10" else b"fine_labels"
+
+    def batch(pictures: np.ndarray, labels: np.ndarray) -> bytes:
+        entries = _text(b"data") + _array(_rows(pictures)) + _text(key) + _numbers(labels)
+        return b"\x80\x02}(" + entries + b"u."
+
+    test = batch(splits.test_images, splits.test_labels)
+    if name == "cifar100":
+        return {"train": batch(splits.train_images, splits.train_labels), "test": test}
+    half = len(splits.train_labels) // 2
+    return {
+        "data_batch_1": batch(splits.train_images[:half], splits.train_labels[:half]),
+        "data_batch_2": batch(splits.train_images[half:], splits.train_labels[half:]),
+        "test_batch": test,
+    }
+
+
+def cifar_records(name: str, splits: Splits) -> dict[str, bytes]:
+    """The binary files of CIFAR-10 (training in two batches) or CIFAR-100 by their names."""
+
+    def records(pictures: np.ndarray, labels: np.ndarray) -> bytes:
+        coarse = [labels // 5] if name == "cifar100" else []
+        columns = [*coarse, labels, _rows(pictures)]
+        return np.column_stack([column.astype(np.uint8) for column in columns]).tobytes()
+
+    test = records(splits.test_images, splits.test_labels)
+    if name == "cifar100":
+        return {"train.bin": records(splits.train_images, splits.train_labels), "test.bin": test}
+    half = len(splits.train_labels) // 2
+    return {
+        "data_batch_1.bin": records(splits.train_images[:half], splits.train_labels[:half]),
+        "data_batch_2.bin": records(splits.train_images[half:], splits.train_labels[half:]),
+        "test_batch.bin": test,
+    }
+
+
+def _encoded(picture: np.ndarray) -> bytes:
+    """A picture without loss, whatever its ending will be."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tiny_imagenet_files(splits: Splits) -> dict[str, bytes]:
+    """Tiny-ImageNet's files by their names."""
+    names = [f"n{label:08d}" for label in range(CLASSES["tiny_imagenet"])]
+    files = {"wnids.txt": "\n".join(names).encode()}
+    seen = dict.fromkeys(range(len(names)), 0)
+    for picture, label in zip(splits.train_images, splits.train_labels, strict=True):
+        file = f"train/{names[label]}/images/{names[label]}_{seen[label]}.JPEG"
+        files[file] = _encoded(picture)
+        seen[label] += 1
+    lines = []
+    for number, picture in enumerate(splits.test_images):
+        files[f"val/images/val_{number}.JPEG"] = _encoded(picture)
+        lines.append(f"val_{number}.JPEG\t{names[splits.test_labels[number]]}\t0\t0\t62\t62")
+    return files | {"val/val_annotations.txt": "\n".join(lines).encode()}
+
+
+def food101_files(splits: Splits) -> dict[str, bytes]:
+    """FOOD101's files by their names."""
+    names = [f"dish_{label:03d}" for label in range(CLASSES["food101"])]
+    files = {"meta/classes.txt": "\n".join(names).encode()}
+    for split, pictures, labels, first in (
+        ("train", splits.train_images, splits.train_labels, 1000),
+        ("test", splits.test_images, splits.test_labels, 5_000_000),
+    ):
+        places = [f"{names[label]}/{first + number}" for number, label in enumerate(labels)]
+        for place, picture in zip(places, pictures, strict=True):
+            files[f"images/{place}.jpg"] = _encoded(picture)
+        files[f"meta/{split}.txt"] = "\n".join(places).encode()
+    return files
+
+
+def class_folders(splits: Splits) -> dict[str, bytes]:
+    """A user's pictures in class folders."""
+    return {
+        f"{split}/class{label}/{number:05d}.png": _encoded(picture)
+        for split, pictures, labels in (
+            ("train", splits.train_images, splits.train_labels),
+            ("test", splits.test_images, splits.test_labels),
+        )
+        for number, (picture, label) in enumerate(zip(pictures, labels, strict=True))
+    }
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Files into a folder."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def write_tar(path: Path, top: str, files: dict[str, bytes]) -> None:
+    """Files into a tar, gzipped by its ending, under one folder."""
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(f"{top}/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def write_zip(path: Path, top: str, files: dict[str, bytes]) -> None:
+    """Files into a zip, under one folder."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(f"{top}/{name}", content)
+
+
+def write_npz(folder: Path, splits: Splits) -> None:
+    """A user's arrays."""
+    np.savez_compressed(folder / "own.npz", **splits._asdict())
+
+
+def _in_folder(top: str, files: Callable[[Splits], dict[str, bytes]]) -> "Writer":
+    return lambda folder, splits: write_files(folder / top, files(splits))
+
+
+def _in_tar(file: str, top: str, files: Callable[[Splits], dict[str, bytes]]) -> "Writer":
+    return lambda folder, splits: write_tar(folder / file, top, files(splits))
+
+
+Writer = Callable[[Path, Splits], None]
+WRITERS: dict[str, dict[str, Writer]] = {
+    "mnist": {
+        "idx.gz": write_idx,
+        "idx": lambda folder, splits: write_idx(folder, splits, zipped=False),
+    },
+    "fashion_mnist": {"idx.gz": write_idx},
+    "svhn": {"mat": write_mat},
+    "cifar10": {
+        "pickles in a tar": _in_tar(
+            "cifar-10-python.tar.gz", "cifar-10-batches-py", lambda s: cifar_pickles("cifar10", s)
+        ),
+        "pickles": _in_folder("cifar-10-batches-py", lambda s: cifar_pickles("cifar10", s)),
+        "records in a tar": _in_tar(
+            "cifar-10-binary.tar.gz", "cifar-10-batches-bin", lambda s: cifar_records("cifar10", s)
+        ),
+        "records": _in_folder("cifar-10-batches-bin", lambda s: cifar_records("cifar10", s)),
+    },
+    "cifar100": {
+        "pickles in a tar": _in_tar(
+            "cifar-100-python.tar.gz", "cifar-100-python", lambda s: cifar_pickles("cifar100", s)
+        ),
+        "pickles": _in_folder("cifar-100-python", lambda s: cifar_pickles("cifar100", s)),
+        "records in a tar": _in_tar(
+            "cifar-100-binary.tar.gz", "cifar-100-binary", lambda s: cifar_records("cifar100", s)
+        ),
+        "records": _in_folder("cifar-100-binary", lambda s: cifar_records("cifar100", s)),
+    },
+    "tiny_imagenet": {
+        "zip": lambda folder, splits: write_zip(
+            folder / "tiny-imagenet-200.zip", "tiny-imagenet-200", tiny_imagenet_files(splits)
+        ),
+        "folder": _in_folder("tiny-imagenet-200", tiny_imagenet_files),
+    },
+    "food101": {
+        "tar": _in_tar("food-101.tar.gz", "food-101", food101_files),
+        "folder": _in_folder("food-101", food101_files),
+    },
+    "own": {"folder": _in_folder("pictures", class_folders), "npz": write_npz},
+}
+"""Every format by set: the first is written by default."""
+
+
+def write(name: str, folder: Path, form: str = "", per_class: int = 2, seed: int = 0) -> Splits:
+    """Write a small set into a folder that is made anew; returns its images."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    splits = images(name, per_class, seed)
+    WRITERS[name][form or next(iter(WRITERS[name]))](folder, splits)
+    return splits
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, default=Path("runs/small_sets"))
+    parser.add_argument("--images", type=int, default=1000, help="for training, of a set")
+    arguments = parser.parse_args()
+    for name in WRITERS:
+        per_class = max(5, arguments.images // CLASSES[name])
+        write(name, arguments.root / name, per_class=per_class)
+        print(arguments.root / name)
