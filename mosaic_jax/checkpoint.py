@@ -8,18 +8,23 @@ one before it.
 
 import logging
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mosaic_jax.types import PyTree
+from mosaic_jax.types import PyTree, UserError
 
 log = logging.getLogger(__name__)
 
 KEPT = 2
 """Checkpoints kept of each stage: the newest, and one to walk back to."""
+
+FORM = 1
+"""Of what is saved. Those of another form are passed over, and nothing is guessed."""
 
 
 class StageCheckpoints:
@@ -27,25 +32,29 @@ class StageCheckpoints:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=KEPT, create=True, enable_async_checkpointing=False
-            ),
-        )
+        with _writing(directory):
+            self.manager = ocp.CheckpointManager(
+                directory.absolute(),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=KEPT, create=True, enable_async_checkpointing=False
+                ),
+            )
 
     def save(self, block: int, carry: PyTree) -> None:
-        """Save what the stage carries after `block` blocks."""
+        """Save what the stage carries after `block` blocks.
+
+        Raises:
+          UserError: it cannot be written; what was saved before is kept.
+        """
         leaves = jax.tree.leaves(carry)
-        if block in self.manager.all_steps():  # one that was passed over as damaged
-            self.manager.delete(block)
-        self.manager.save(
-            block,
-            args=ocp.args.Composite(
-                carry=ocp.args.StandardSave({str(i): leaf for i, leaf in enumerate(leaves)}),
-                meta=ocp.args.JsonSave({"crc": checksum(carry)}),
-            ),
+        args = ocp.args.Composite(
+            carry=ocp.args.StandardSave({str(i): leaf for i, leaf in enumerate(leaves)}),
+            meta=ocp.args.JsonSave({"crc": checksum(carry), "form": FORM}),
         )
+        with _writing(self.directory / str(block)):
+            if block in self.manager.all_steps():  # one that was passed over as damaged
+                self.manager.delete(block)
+            self.manager.save(block, args=args)
 
     def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
         """The newest checkpoint that is whole: (blocks done, carry), or None.
@@ -64,6 +73,8 @@ class StageCheckpoints:
                     ),
                 )
                 carry = jax.tree.unflatten(structure, [restored["carry"][name] for name in target])
+                if restored["meta"].get("form") != FORM:
+                    raise ValueError("it is of another version of this program")
                 if checksum(carry) != restored["meta"]["crc"]:
                     raise ValueError("checksum differs")
             except Exception as error:  # orbax raises bare Exception on damaged files
@@ -76,6 +87,18 @@ class StageCheckpoints:
     def close(self) -> None:
         """Release the manager's threads."""
         self.manager.close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A full disk reaches us as any of several exceptions of orbax and its storage."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"checkpoint {path} cannot be written: {reason}; those before it are kept"
+        ) from error
 
 
 def checksum(tree: PyTree) -> int:

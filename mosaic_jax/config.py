@@ -63,6 +63,7 @@ class LocalUpdate:
     learning_rate: float = 0.01
     final_learning_rate: float | None = None  # reached by a cosine over the rounds; None: constant
     momentum: float = 0.0
+    leave_out_diverged: bool = False  # a client whose round ends in NaN sends nothing, else: stop
     weight_decay: float = 1e-4  # L2, on all parameters
 
 

@@ -6,11 +6,14 @@ another config is refused.
 """
 
 import dataclasses
+import fcntl
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -20,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from mosaic_jax import methods
 from mosaic_jax.checkpoint import StageCheckpoints
 from mosaic_jax.config import Config
-from mosaic_jax.metrics import MetricsFile, check_finite
+from mosaic_jax.metrics import MetricsFile, check_clients, check_finite, check_state
 from mosaic_jax.stages.federation import Federation, Stage, State
 from mosaic_jax.types import PyTree, UserError
 
@@ -28,27 +31,68 @@ Watcher = Callable[[Stage, int, float, dict[str, Any]], None]
 """Called after each block: stage, blocks done, seconds it took, figures."""
 
 
-def run(federation: Federation, workdir: Path, watch: Watcher = lambda *args: None) -> State:
+class Stopped(Exception):
+    """The run was asked to stop, and has saved; the same command resumes it."""
+
+
+def run(
+    federation: Federation,
+    workdir: Path,
+    watch: Watcher = lambda *args: None,
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
+) -> State:
     """Run, or resume, the configured method; returns the final state.
 
+    Args:
+      federation: what runs.
+      workdir: the run's directory.
+      watch: called after each block.
+      is_asked_to_stop: asked after each block.
+
     Raises:
-      UserError: the directory holds another config, or a figure is not finite.
+      UserError: the directory holds another config or is in use, or a figure is not finite.
+      Stopped: at the end of a block, after saving.
     """
     stages = methods.stages(federation.config.method, federation)
     claim(workdir, federation.config)
+    with in_use(workdir):
+        return _run(stages, federation, workdir, watch, is_asked_to_stop)
+
+
+def _run(
+    stages: list[Stage],
+    federation: Federation,
+    workdir: Path,
+    watch: Watcher,
+    is_asked_to_stop: Callable[[], bool],
+) -> State:
     describe(workdir, federation)
     metrics = MetricsFile(workdir / "metrics.jsonl")
     state: State = {"global": federation.initial_variables()}
     for position, stage in enumerate(stages):
         later = {other.name for other in stages[position + 1 :]}
         checkpoints = StageCheckpoints(workdir / "checkpoints" / stage.name)
-        state = run_stage(stage, state, federation, checkpoints, metrics, later, watch)
+        state = run_stage(
+            stage, state, federation, checkpoints, metrics, later, watch, is_asked_to_stop
+        )
         checkpoints.close()
         if stage.samples is not None and not (workdir / "samples.npz").exists():
-            np.savez_compressed(workdir / "samples.npz", **stage.samples(state))  # type: ignore
-    summary = summarise(stages, metrics)
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+            _write(workdir / "samples.npz", partial(_save_arrays, stage.samples(state)))
+    summary = json.dumps(summarise(stages, metrics), indent=1) + "\n"
+    _write(workdir / "summary.json", lambda file: file.write(summary.encode()))
     return state
+
+
+def _save_arrays(arrays: dict[str, np.ndarray], file: BinaryIO) -> None:
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """A file that is there whole or not at all, whenever the program is killed."""
+    fresh = path.with_name(f".{path.name}")
+    with fresh.open("wb") as file:
+        write(file)
+    fresh.replace(path)
 
 
 def run_stage(
@@ -59,6 +103,7 @@ def run_stage(
     metrics: MetricsFile,
     later: set[str],
     watch: Watcher,
+    is_asked_to_stop: Callable[[], bool],
 ) -> State:
     """One stage from its newest checkpoint, or from its start, to its end."""
     every = federation.config.run
@@ -76,14 +121,20 @@ def run_stage(
         carry, figures = stage.block(state, carry, block)
         figures = {name: np.asarray(value) for name, value in jax.device_get(figures).items()}
         seconds = time.perf_counter() - begin
+        leave_out = federation.config.local_update.leave_out_diverged
+        figures = check_clients(stage.name, block, figures, leave_out)
         check_finite(stage.name, block, figures)
         number, last = block + 1, block + 1 == stage.blocks
         if last or number % every.evaluate_every == 0:
             figures |= stage.evaluate(stage.finish(state, carry))
         metrics.write(stage.name, number, figures | {"seconds": seconds} | _traffic(stage, last))
-        if last or number % every.checkpoint_every == 0:
+        stop = is_asked_to_stop()
+        if last or stop or number % every.checkpoint_every == 0:
+            check_state(stage.name, block, carry)
             checkpoints.save(number, carry)
         watch(stage, number, seconds, figures)
+        if stop:
+            raise Stopped
     return stage.finish(state, carry)
 
 
@@ -140,9 +191,23 @@ def claim(workdir: Path, config: Config) -> None:
     if workdir.exists() and any(workdir.iterdir()) and not (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(settings, indent=1) + "\n")
-    fresh.replace(path)
+    text = json.dumps(settings, indent=1) + "\n"
+    _write(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def in_use(workdir: Path) -> Iterator[None]:
+    """Keeps a second program out of a work directory; the system lets go when the first ends.
+
+    Raises:
+      UserError: another program works there.
+    """
+    with (workdir / "in_use").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another program is running in {workdir}") from None
+        yield
 
 
 def describe(workdir: Path, federation: Federation) -> None:
@@ -153,7 +218,8 @@ def describe(workdir: Path, federation: Federation) -> None:
         "classes": dataset.num_classes,
         "class_counts": federation.counts.tolist(),
     }
-    (workdir / "clients.json").write_text(json.dumps(facts) + "\n")
+    text = json.dumps(facts) + "\n"
+    _write(workdir / "clients.json", lambda file: file.write(text.encode()))
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,8 +6,11 @@ bar, and ends with the result table and figures. Everything it calls can be impo
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,8 @@ USER_ERROR = 2
 """Exit status of a run the user can mend."""
 
 INTERRUPTED = 130
+TERMINATED = 143
+"""What a shell reports of a process that the signals ended."""
 
 
 def main(argv: list[str]) -> int:
@@ -51,8 +56,11 @@ def main(argv: list[str]) -> int:
         workdir = Path(WORKDIR.value or f"runs/{config.data.name}")
         console.print(plan(federation, workdir))
         with _progress(console) as progress:
-            experiment.run(federation, workdir, Watcher(progress))
+            experiment.run(federation, workdir, Watcher(progress), _terminations())
         report.show(workdir, console)
+    except experiment.Stopped:
+        print("stopped after saving; the same command resumes", file=sys.stderr)
+        return TERMINATED
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
@@ -60,6 +68,16 @@ def main(argv: list[str]) -> int:
         print("interrupted; the same command resumes", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _terminations() -> Callable[[], bool]:
+    """From now on SIGTERM does not end the process: whether it has come is what this tells.
+
+    Schedulers send it some time before they take a machine away.
+    """
+    came = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: came.set())
+    return came.is_set
 
 
 def prepare(config: Config) -> Federation:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mosaic_jax.types import UserError
+from mosaic_jax.types import Array, PyTree, UserError
 
 
 class MetricsFile:
@@ -21,8 +23,11 @@ class MetricsFile:
         """All whole lines; a line cut off by a crash is left out."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.path} is damaged: {error}") from None
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the lines a resumed run is going to write again."""
@@ -55,6 +60,64 @@ def check_finite(stage: str, block: int, figures: Mapping[str, Any]) -> None:
                 f"{name}{who} is not finite in stage {stage}, block {block}; the last checkpoint "
                 "is kept. A smaller learning rate is the usual remedy"
             )
+
+
+def check_clients(
+    stage: str, block: int, figures: dict[str, Any], leave_out: bool
+) -> dict[str, Any]:
+    """Stop where a client diverged, or, if those are left out, where every client did.
+
+    Args:
+      stage: of the figures.
+      block: the same.
+      figures: "diverged", 1 for a client whose loss or weights are not finite, if the stage has it;
+        "clients" says whose the entries are, where not all take part.
+      leave_out: whether the others go on.
+
+    Returns:
+      The figures; "diverged" among them if they may be.
+
+    Raises:
+      UserError: naming stage, block and client.
+    """
+    diverged = np.asarray(figures.get("diverged", []))
+    if not diverged.any():
+        return figures if leave_out else {k: v for k, v in figures.items() if k != "diverged"}
+    if leave_out and not diverged.all():
+        return figures
+    first = int(diverged.argmax())
+    number = figures["clients"][first] if "clients" in figures else first
+    who = "every client" if leave_out else f"client {number}"
+    raise UserError(
+        f"{who} diverged in stage {stage}, block {block}: loss or weights are not finite; the last "
+        "checkpoint is kept. A smaller learning rate is the usual remedy"
+    )
+
+
+def check_state(stage: str, block: int, carry: PyTree) -> None:
+    """Keep NaN and infinity out of checkpoints: the last step may have made them.
+
+    Raises:
+      UserError: naming stage, block and array.
+    """
+    finite = _all_finite([leaf for _, leaf in jax.tree_util.tree_leaves_with_path(carry)])
+    for (path, _), good in zip(
+        jax.tree_util.tree_leaves_with_path(carry), jax.device_get(finite), strict=True
+    ):
+        if not good:
+            name = "/".join(str(getattr(part, "key", part)) for part in path)
+            raise UserError(
+                f"{name} is not finite after stage {stage}, block {block}; the last checkpoint is "
+                "kept. A smaller learning rate is the usual remedy"
+            )
+
+
+@jax.jit
+def _all_finite(leaves: list[Array]) -> list[Array]:
+    return [
+        jnp.isfinite(leaf).all() if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.array(True)
+        for leaf in leaves
+    ]
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:

@@ -9,7 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from mosaic_jax import checkpoint
 from mosaic_jax.checkpoint import KEPT, StageCheckpoints
+from mosaic_jax.types import UserError
 
 OPTIMIZER = optax.chain(optax.add_decayed_weights(1e-4), optax.adam(1e-3))
 
@@ -188,3 +190,19 @@ def test_a_checkpoint_of_another_shape_is_passed_over(damaged):
     other["half"] = jax.ShapeDtypeStruct((5,), jnp.bfloat16, sharding=other["half"].sharding)
     assert checkpoints.restore(other) is None
     checkpoints.close()
+
+
+def test_a_checkpoint_of_another_version_is_passed_over(tmp_path, monkeypatch, caplog):
+    save(tmp_path / "stage", 1)
+    monkeypatch.setattr(checkpoint, "FORM", checkpoint.FORM + 1)
+    save(tmp_path / "stage", 2)
+    assert_is_block(restore(tmp_path / "stage"), 2)
+    monkeypatch.undo()
+    assert_is_block(restore(tmp_path / "stage"), 1)
+    assert "another version" in caplog.text
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/stage cannot be written: .*; those before it are"):
+        StageCheckpoints(tmp_path / "file" / "stage")

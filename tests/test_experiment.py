@@ -1,14 +1,18 @@
 """A run as a whole: it learns, resumes bit for bit, refuses what it must, and loses nothing."""
 
+import dataclasses
 import json
+import resource
 import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mosaic_jax import experiment, methods
+from mosaic_jax.stages import local_update
 from mosaic_jax.stages.federation import Federation
 from mosaic_jax.types import UserError
 
@@ -152,9 +156,119 @@ def test_a_folder_with_other_things_in_it_is_refused(federation, tmp_path):
 
 def test_a_diverged_run_stops_naming_stage_block_and_client(make_federation, tmp_path):
     wild = make_federation(**TINY | {"local_update.learning_rate": 1e30})
-    with pytest.raises(UserError, match=r"of client \d+ is not finite in stage local_update"):
+    with pytest.raises(UserError, match=r"client \d+ diverged in stage local_update"):
         run(wild, tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_diverged_client_can_be_left_out(make_federation, tmp_path, monkeypatch):
+    """Client 1's images are not numbers: with it left out, the run ends, and says so."""
+
+    def poisoned(images):
+        return jnp.where(
+            jnp.all(images == 7), jnp.nan, (images.astype(jnp.float32) - 127.5) / 127.5
+        )
+
+    monkeypatch.setattr(local_update, "to_float", poisoned)
+    settings = TINY | {"method": "fedavg", "local_update.leave_out_diverged": True}
+    federation = make_federation(**settings)
+    spoilt = np.array(federation.data["images"])
+    spoilt[federation.indices[1]] = 7
+    federation = dataclasses.replace(
+        federation, data=federation.place({**federation.data, "images": spoilt})
+    )
+    state, _ = run(federation, tmp_path / "run")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    for line in lines(tmp_path / "run"):
+        assert line["diverged"] == [0.0, 1.0, 0.0]
+        assert line["loss"][1] == 0.0 < line["loss"][0]
+    stopped = make_federation(**settings | {"local_update.leave_out_diverged": False})
+    stopped = dataclasses.replace(stopped, data=federation.data)
+    with pytest.raises(UserError, match="client 1 diverged in stage local_update, block 0"):
+        run(stopped, tmp_path / "stopped")
+
+
+def test_a_run_whose_clients_all_diverge_stops(make_federation, tmp_path):
+    settings = {"local_update.learning_rate": 1e30, "local_update.leave_out_diverged": True}
+    wild = make_federation(**TINY | settings)
+    with pytest.raises(UserError, match="every client diverged in stage local_update, block 0"):
+        run(wild, tmp_path / "run")
+
+
+def test_nothing_that_is_not_finite_is_saved(make_federation, tmp_path, monkeypatch):
+    """Only the last step of a round can leave NaN in a model and a finite loss."""
+    federation = make_federation(**TINY | {"method": "fedavg"})
+    (stage,) = methods.stages("fedavg", federation)
+
+    def block(state, carry, index):
+        carry, figures = stage.block(state, carry, index)
+        bias = carry["global"]["params"]["head"]["bias"]
+        if index == 1:
+            carry["global"]["params"]["head"]["bias"] = bias * jnp.nan
+        return carry, figures
+
+    broken = dataclasses.replace(stage, block=block)
+    monkeypatch.setattr(methods, "stages", lambda name, federation: [broken])
+    with pytest.raises(UserError, match="global/params/head/bias is not finite after stage local"):
+        run(federation, tmp_path / "run")
+    saved = tmp_path / "run/checkpoints/local_update"
+    assert [path.name for path in saved.iterdir() if path.name.isdigit()] == ["1"]
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(make_federation, whole, tmp_path):
+    rare = make_federation(**TINY | {"run.checkpoint_every": 100})
+    answers = iter([False, True])
+    with pytest.raises(experiment.Stopped):
+        experiment.run(rare, tmp_path / "run", is_asked_to_stop=lambda: next(answers))
+    resumed, blocks = run(rare, tmp_path / "run")
+    assert blocks[0] == ("local_update", 3)
+    assert_same(whole[1], resumed)
+    assert lines(tmp_path / "run") == lines(whole[0])
+
+
+def test_a_second_program_is_kept_out(federation, tmp_path):
+    def watch(*_):
+        with pytest.raises(UserError, match=f"another program is running in {tmp_path / 'run'}"):
+            run(federation, tmp_path / "run")
+        raise Killed
+
+    with pytest.raises(Killed):
+        experiment.run(federation, tmp_path / "run", watch)
+    run(federation, tmp_path / "run")  # the first has ended
+
+
+def test_a_damaged_record_is_named(federation, whole, tmp_path):
+    with pytest.raises(Killed):
+        run(federation, tmp_path / "run", kill_after=3)
+    path = tmp_path / "run/metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"block"', b'"bl\xffck', 1))
+    with pytest.raises(UserError, match=f"{path} is damaged"):
+        run(federation, tmp_path / "run")
+
+
+def test_a_record_that_a_kill_cut_off_is_mended(federation, whole, tmp_path):
+    with pytest.raises(Killed):
+        run(federation, tmp_path / "run", kill_after=3)
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"stage": "local_upd')
+    resumed, _ = run(federation, tmp_path / "run")
+    assert_same(whole[1], resumed)
+    assert lines(tmp_path / "run") == lines(whole[0])
+
+
+def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_later(federation, whole, tmp_path):
+    with pytest.raises(Killed):
+        run(federation, tmp_path / "run", kill_after=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises((UserError, OSError), match=r"cannot be written|File too large"):
+            run(federation, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resumed, _ = run(federation, tmp_path / "run")
+    assert_same(whole[1], resumed)
+    assert lines(tmp_path / "run") == lines(whole[0])
 
 
 def test_blocks_of_a_stage_compile_once(make_federation, compilations):
@@ -165,8 +279,7 @@ def test_blocks_of_a_stage_compile_once(make_federation, compilations):
         for block in range(stage.blocks):
             compilations.clear()
             carry, _ = stage.block(state, carry, block)
-            # The first block may compile; fine-tuning shares the rounds' program.
-            if block or stage.name == "fine_tuning":
+            if block:  # the first may compile
                 assert compilations == [], (stage.name, block)
         state = stage.finish(state, carry)
 

@@ -12,7 +12,7 @@ from mosaic_jax import methods, parallel
 from mosaic_jax.data.clients import pack
 from mosaic_jax.data.partition import class_counts
 from mosaic_jax.methods import fedgen
-from mosaic_jax.metrics import check_finite
+from mosaic_jax.metrics import check_clients, check_finite
 from mosaic_jax.models.normalisation import norms, with_norms
 from mosaic_jax.stages import cohort, rounds
 from mosaic_jax.stages.federation import Federation
@@ -318,6 +318,10 @@ def test_a_metric_that_is_not_finite_names_the_client_and_not_its_place():
     figures = {"loss": np.array([1.0, np.nan]), "clients": np.array([2, 5])}
     with pytest.raises(UserError, match="loss of client 5 is not finite"):
         check_finite("local_update", 0, figures)
+    gone = figures | {"diverged": np.array([0.0, 1.0])}
+    with pytest.raises(UserError, match="client 5 diverged in stage local_update, block 3"):
+        check_clients("local_update", 3, gone, leave_out=False)
+    assert check_clients("local_update", 3, gone, leave_out=True) is gone
 
 
 def test_the_bytes_of_fedgen_have_its_generator_and_those_of_dense_do_not(make_federation):

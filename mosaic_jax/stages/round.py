@@ -51,6 +51,7 @@ class OneClient:
         received = submodel.extract(full, self.streams, sets)
         given = shared | {"variables": received, "sets": sets}
         trained, metrics = self.update(given, client)
+        trained, metrics, took_part = _unless_diverged(trained, metrics, received)
         model = submodel.embed(trained, self.streams, sets, full)
         held = submodel.coverage(full, self.streams, submodel.masks(sets, self.streams, full))
         kept: dict[str, Any] = {"metrics": metrics}
@@ -61,7 +62,23 @@ class OneClient:
             kept["norms"] = norms(own)
         if self.update.masked:
             held = _head_rows(held, client["class_counts"] > 0)
+        held = jax.tree.map(lambda part: part * took_part, held)
         return {"model": jax.tree.map(jnp.multiply, model, held), "held": held}, kept
+
+
+def _unless_diverged(
+    trained: Variables, metrics: dict[str, Array], received: Variables
+) -> tuple[Variables, dict[str, Array], Array]:
+    """What a client ends its round with: a diverged one with what it received, and figures of 0.
+
+    Also 1 or, for one that sends nothing, 0; "diverged" among the metrics is the opposite.
+    """
+    leaves = [*jax.tree.leaves(trained), metrics["loss"]]
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+    trained = jax.tree.map(lambda new, old: jnp.where(finite, new, old), trained, received)
+    metrics = {name: jnp.where(finite, value, 0.0) for name, value in metrics.items()}
+    took_part = finite.astype(jnp.float32)
+    return trained, metrics | {"diverged": 1 - took_part}, took_part
 
 
 def _head_rows(held: PyTree, classes: Array) -> PyTree:
