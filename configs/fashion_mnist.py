@@ -31,12 +31,11 @@ SETTINGS = {
     "generator_optimization.batch_size": 32,
     "generator_optimization.width": 16,
     "generator_optimization.adversary_width": 16,
-    "knowledge_distillation.steps": 400,
+    "knowledge_distillation.steps": 120,
     "knowledge_distillation.block_steps": 20,
     "knowledge_distillation.images_per_generator": 13,
     "knowledge_distillation.class_prior": True,
-    "knowledge_distillation.learning_rate": 3e-3,
-    "knowledge_distillation.batch_norm": "train",
+    "knowledge_distillation.learning_rate": 2e-4,
     "fine_tuning.rounds": 3,
     "fine_tuning.learning_rate": 5e-4,
     "fine_tuning.batch_norm": "frozen",
@@ -53,8 +52,12 @@ SMALL = {
     "knowledge_distillation.steps": 20,
     "fine_tuning.rounds": 2,
 }
+NARROW = {  # the student starts from a model that knows little
+    "knowledge_distillation.steps": 400,
+    "knowledge_distillation.learning_rate": 1e-3,
+}
 
 
 def get_config(options: str = "") -> ConfigDict:
     """Settings; see `mosaic_jax.settings.make` for the options."""
-    return settings.make(options, SETTINGS, SMALL)
+    return settings.make(options, SETTINGS, SMALL, NARROW)

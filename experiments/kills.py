@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mosaic_jax.main import TERMINATED, USER_ERROR
+from mosaic_jax.main import TERMINATED, USER_ERROR, set_up_jax
 
 SETTINGS = {
     "run.checkpoint_every": 1,
@@ -155,6 +155,7 @@ if __name__ == "__main__":
     parser.add_argument("--root", type=Path, default=Path("runs/kills"))
     arguments = parser.parse_args()
     root = arguments.root
+    set_up_jax(clients=5)  # the devices that the runs have
     shutil.rmtree(root, ignore_errors=True)
     truth = root / "truth"
     assert start(truth).wait() == 0

@@ -96,7 +96,12 @@ POSITIVE = {
 }
 
 
-def make(options: str, changes: Mapping[str, Any], small: Mapping[str, Any]) -> ConfigDict:
+def make(
+    options: str,
+    changes: Mapping[str, Any],
+    small: Mapping[str, Any],
+    narrow: Mapping[str, Any] | None = None,
+) -> ConfigDict:
     """A config file's settings: the defaults with `changes`, and what its `:options` ask for.
 
     Args:
@@ -105,6 +110,7 @@ def make(options: str, changes: Mapping[str, Any], small: Mapping[str, Any]) -> 
         May be empty.
       changes: dotted setting -> value.
       small: the same, on top, for the `small` form.
+      narrow: the same for the `narrow` form, if that is not `small` as well.
 
     Raises:
       UserError: on an unknown word, naming the nearest.
@@ -118,6 +124,8 @@ def make(options: str, changes: Mapping[str, Any], small: Mapping[str, Any]) -> 
         config.partition.alpha = HETEROGENEITY.get(word, config.partition.alpha)
     if "small" in words:
         config.update_from_flattened_dict(dict(small))
+    elif "narrow" in words:
+        config.update_from_flattened_dict(dict(narrow or {}))
     if "narrow" in words:
         _narrow(config)
     return config
