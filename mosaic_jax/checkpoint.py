@@ -95,7 +95,10 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        text = str(error).strip()
+        reason = text.splitlines()[0] if text else repr(error)
+        if "No space left" in text:
+            reason = "no space left on the device"
         raise UserError(
             f"checkpoint {path} cannot be written: {reason}; those before it are kept"
         ) from error

@@ -149,7 +149,8 @@ def set_up_jax(clients: int) -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache.root() / "compilation"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it writes
+    # Orbax reports every file it writes, and in full what it raises anyway.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")
 
 
@@ -220,4 +221,8 @@ def _progress(console: Console) -> Progress:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    status = main(sys.argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:  # a save that failed leaves threads that would bury the one line under tracebacks
+        os._exit(status)

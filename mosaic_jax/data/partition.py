@@ -119,10 +119,10 @@ def _cuts(
     """
     clients = len(is_open)
     for _ in range(MAX_TRIES):
-        # If all clients' draws underflow they come as NaN, which compares false below.
+        # If all clients' draws underflow they come as NaN or infinity, which compare false below.
         proportions = np.where(is_open, generator.dirichlet(np.full(clients, alpha)), 0.0)
         total = proportions.sum()
-        if total > 0:
+        if 0 < total < np.inf:
             return (np.cumsum(proportions / total) * count).astype(int)[:-1]
         if count == 0:
             return np.zeros(clients - 1, int)
