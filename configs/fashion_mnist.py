@@ -40,18 +40,6 @@ SETTINGS = {
     "fine_tuning.learning_rate": 5e-4,
     "fine_tuning.batch_norm": "frozen",
 }
-SMALL = {
-    "data.train_images": 1000,
-    "data.test_images": 500,
-    "model.name": "resnet8",
-    "local_update.rounds": 5,
-    "generator_optimization.steps": 100,
-    "generator_optimization.width": 8,
-    "generator_optimization.adversary_width": 8,
-    "meta_model.feedforward": 128,
-    "knowledge_distillation.steps": 20,
-    "fine_tuning.rounds": 2,
-}
 NARROW = {  # the student starts from a model that knows little
     "knowledge_distillation.steps": 400,
     "knowledge_distillation.learning_rate": 1e-3,
@@ -60,4 +48,4 @@ NARROW = {  # the student starts from a model that knows little
 
 def get_config(options: str = "") -> ConfigDict:
     """Settings; see `mosaic_jax.settings.make` for the options."""
-    return settings.make(options, SETTINGS, SMALL, NARROW)
+    return settings.make(options, SETTINGS, settings.SMALL, NARROW)

@@ -29,9 +29,18 @@ from mosaic_jax.main import TERMINATED, USER_ERROR, set_up_jax
 
 SETTINGS = {
     "run.checkpoint_every": 1,
-    "local_update.rounds": 8,
-    "generator_optimization.block_steps": 5,
-    "knowledge_distillation.block_steps": 4,
+    "data.train_images": 200,
+    "data.test_images": 100,
+    "partition.clients": 3,
+    "model.width": 4,
+    "local_update.rounds": 6,
+    "local_update.steps": 5,
+    "generator_optimization.steps": 16,
+    "generator_optimization.block_steps": 4,
+    "generator_optimization.width": 4,
+    "generator_optimization.adversary_width": 4,
+    "knowledge_distillation.steps": 12,
+    "knowledge_distillation.block_steps": 3,
     "fine_tuning.rounds": 3,
 }
 LONGEST = 600
@@ -155,7 +164,7 @@ if __name__ == "__main__":
     parser.add_argument("--root", type=Path, default=Path("runs/kills"))
     arguments = parser.parse_args()
     root = arguments.root
-    set_up_jax(clients=5)  # the devices that the runs have
+    set_up_jax(clients=3)  # the devices that the runs have
     shutil.rmtree(root, ignore_errors=True)
     truth = root / "truth"
     assert start(truth).wait() == 0

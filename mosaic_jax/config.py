@@ -155,6 +155,7 @@ class MetaModel:
     learning_rate: float = 1e-3
     ema: float = 0.99
     dropout: float = 0.2
+    width_per_class: int = 10  # the model's width is this times the number of classes
     feedforward: int = 2048
     expert_embedding: bool = True  # False: the reference's permutation-blind form
 

@@ -38,8 +38,8 @@ def config_file(words: list[str]) -> dict:
         current = settings.to_dict()
         for part in dotted.split("."):
             current = current[part]
-        kind = type(current)
-        settings.update_from_flattened_dict({dotted: value if kind is str else eval(value)})
+        is_text = current is None or isinstance(current, str)
+        settings.update_from_flattened_dict({dotted: value if is_text else eval(value)})
     return settings.to_dict()
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,22 @@ from conftest import CACHE
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(
+def start(*arguments: str, cwd: Path = ROOT) -> subprocess.Popen:
+    return subprocess.Popen(
         [sys.executable, "-m", "mosaic_jax.main", *arguments],
         cwd=cwd,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=os.environ
         | {"PYTHONPATH": str(ROOT), "COLUMNS": "120", "JAX_COMPILATION_CACHE_DIR": CACHE},
     )
+
+
+def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    process = start(*arguments, cwd=cwd)
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
 
 def small(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -122,8 +130,18 @@ def test_bad_input_ends_with_one_clear_line(case, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_resumes_and_refuses_another_config(tmp_path):
+def test_a_run_stops_when_told_resumes_and_refuses_another_config(tmp_path):
+    process = start("--config=configs/base.py:small", f"--workdir={tmp_path / 'run'}")
+    record = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (record.exists() and record.read_text()):
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate()
+    assert process.returncode == 143
+    assert errors == "stopped after saving; the same command resumes\n"
+    done = record.read_text()
     first = small(tmp_path)
+    assert record.read_text().startswith(done)
     assert first.returncode == 0, first.stderr
     for label in ("MoE teacher", "uniform ensemble", "student after fine-tuning"):
         assert label in first.stdout

@@ -24,7 +24,9 @@ from mosaic_jax.stages.model_aggregation import expert_weights
 from mosaic_jax.stages.round import averaged
 from mosaic_jax.types import UserError
 
-DRAWN = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+DRAWN = settings(
+    max_examples=200, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 
 def answer(function, *arguments, **options):

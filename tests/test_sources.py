@@ -628,3 +628,21 @@ def test_a_wrong_command_gets_one_line(capsys, given, message):
     answer = capsys.readouterr().err
     assert message in answer
     assert len(answer.splitlines()) == 1
+
+
+# --- images of another size --------------------------------------------------------------------
+
+
+def test_matlab_images_of_another_size_are_refused(tmp_path):
+    written = small_sets.images("svhn")
+    halved = written._replace(train_images=written.train_images[:, ::2, ::2])
+    small_sets.write_mat(tmp_path, halved)
+    with pytest.raises(UserError, match=r"train_32x32\.mat holds uint8 images of shape \(16, 16"):
+        load("svhn", directory=tmp_path)
+
+
+def test_prepared_images_of_another_size_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(small_sets.SIZES, "mnist", (30, 1))
+    prepared_set("mnist", tmp_path)
+    with pytest.raises(UserError, match=r"mnist/3\.0\.1 holds images of \(30, 30, 1\), not \(28,"):
+        load("mnist", directory=tmp_path)

@@ -5,6 +5,7 @@ exponential moving average of its weights, without the bias towards their random
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -23,6 +24,10 @@ from mosaic_jax.stages.federation import Federation, Stage, State
 from mosaic_jax.stages.model_aggregation import member_logits, mixture
 from mosaic_jax.types import Array, PyTree
 
+ATTENTION_BYTES = 1 << 30
+"""Attention weights of the images that the teacher fuses at a time; one image's have as many heads
+as classes, each of experts times experts, which for 200 classes are 32 MB."""
+
 
 def build(federation: Federation) -> MetaModel:
     """The meta model for as many experts as there are classes."""
@@ -30,6 +35,7 @@ def build(federation: Federation) -> MetaModel:
     return MetaModel(
         num_classes=classes,
         experts=classes,
+        width_per_class=settings.width_per_class,
         feedforward=settings.feedforward,
         dropout=settings.dropout,
         expert_embedding=settings.expert_embedding,
@@ -39,10 +45,14 @@ def build(federation: Federation) -> MetaModel:
 def teacher_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
     """The MoE teacher: `({"experts", "meta"}, images [batch, ...]) -> logits [batch, classes]`."""
     model, logits, mix = build(federation), member_logits(federation), mixture(federation)
+    together = max(1, ATTENTION_BYTES // (4 * model.experts**3))
 
     def teacher(variables: PyTree, images: Array) -> Array:
         tokens = mix(logits(variables["experts"], images))
-        return cast(Array, model.apply(variables["meta"], tokens))
+        if len(tokens) <= together:
+            return cast(Array, model.apply(variables["meta"], tokens))
+        fuse = partial(model.apply, variables["meta"])
+        return cast(Array, jax.lax.map(lambda one: fuse(one[None])[0], tokens, batch_size=together))
 
     return teacher
 
