@@ -26,7 +26,7 @@ SETTINGS = {
     "local_update.learning_rate": 0.05,
     "local_update.final_learning_rate": 0.005,
     "meta_model.learning_rate": 3e-4,
-    "meta_model.batch_size": 16,  # as many attention heads as classes take memory
+    "meta_model.heads": 20,  # as many as classes take memory
     "fine_tuning.rounds": 10,
     "knowledge_distillation.class_prior": True,
     "knowledge_distillation.learning_rate": 1e-3,

@@ -156,6 +156,7 @@ class MetaModel:
     ema: float = 0.99
     dropout: float = 0.2
     width_per_class: int = 10  # the model's width is this times the number of classes
+    heads: int = 0  # of attention; 0: as many as classes
     feedforward: int = 2048
     expert_embedding: bool = True  # False: the reference's permutation-blind form
 

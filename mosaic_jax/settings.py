@@ -41,6 +41,7 @@ SMALL = {
     "meta_model.steps": 10,
     "meta_model.batch_size": 8,
     "meta_model.width_per_class": 2,
+    "meta_model.heads": 1,
     "meta_model.feedforward": 64,
     "knowledge_distillation.steps": 8,
     "knowledge_distillation.block_steps": 4,
@@ -65,6 +66,7 @@ CHOICES = {
 """Settings that take one of a few words. (Data sets, models and methods are registries.)"""
 
 MAY_BE_ZERO = {
+    "meta_model.heads",
     "seed",
     "partition.seed",
     "submodel.rho",

@@ -68,6 +68,10 @@ BAD = {
         ],
         "method 'heterofl' does not use 'submodel.scheme'",
     ),
+    "heads that do not divide the meta model": (
+        [DIGITS, "--config.meta_model.heads=7"],
+        "meta_model.heads = 7 does not divide the model's width",
+    ),
     "capacities of another number of clients": (
         [DIGITS, "--config.submodel.capacities=(1.0, 0.5)"],
         "submodel.capacities has 2 entries for 10 clients",

@@ -22,20 +22,30 @@ from mosaic_jax.parallel import AXIS
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Stage, State
 from mosaic_jax.stages.model_aggregation import member_logits, mixture
-from mosaic_jax.types import Array, PyTree
+from mosaic_jax.types import Array, PyTree, UserError
 
 ATTENTION_BYTES = 1 << 30
-"""Attention weights of the images that the teacher fuses at a time; one image's have as many heads
-as classes, each of experts times experts, which for 200 classes are 32 MB."""
+"""Attention weights of the images that the teacher fuses at a time; those of one image with 200
+classes and as many heads are 32 MB."""
 
 
 def build(federation: Federation) -> MetaModel:
-    """The meta model for as many experts as there are classes."""
+    """The meta model for as many experts as there are classes.
+
+    Raises:
+      UserError: its heads do not divide its width.
+    """
     settings, classes = federation.config.meta_model, federation.dataset.num_classes
+    if settings.heads and settings.width_per_class * classes % settings.heads:
+        raise UserError(
+            f"meta_model.heads = {settings.heads} does not divide the model's width, "
+            f"meta_model.width_per_class * classes = {settings.width_per_class * classes}"
+        )
     return MetaModel(
         num_classes=classes,
         experts=classes,
         width_per_class=settings.width_per_class,
+        heads=settings.heads or None,
         feedforward=settings.feedforward,
         dropout=settings.dropout,
         expert_embedding=settings.expert_embedding,
@@ -45,7 +55,8 @@ def build(federation: Federation) -> MetaModel:
 def teacher_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
     """The MoE teacher: `({"experts", "meta"}, images [batch, ...]) -> logits [batch, classes]`."""
     model, logits, mix = build(federation), member_logits(federation), mixture(federation)
-    together = max(1, ATTENTION_BYTES // (4 * model.experts**3))
+    heads = model.heads or model.num_classes
+    together = max(1, ATTENTION_BYTES // (4 * heads * model.experts**2))
 
     def teacher(variables: PyTree, images: Array) -> Array:
         tokens = mix(logits(variables["experts"], images))
