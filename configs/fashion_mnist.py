@@ -19,7 +19,7 @@ SETTINGS = {
     "data.train_images": 6000,
     "data.test_images": 2000,
     "model.width": 8,
-    "local_update.rounds": 12,
+    "local_update.rounds": 30,
     "local_update.learning_rate": 0.1,
     "local_update.final_learning_rate": 0.005,
     "prototypes.per_class": 20,

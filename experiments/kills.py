@@ -104,7 +104,7 @@ def trial(workdir: Path, longest: float, seed: int, most: int) -> tuple[Counter,
             wait_for_save(process, workdir)
         elif kill:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(chance.uniform(0.3, 1) * longest)
+                process.wait(chance.uniform(0.25, 0.6) * longest)
         if kill and process.poll() is None:
             done = lines(workdir)
             stage = done[-1]["stage"] if done else "start"
