@@ -3,7 +3,7 @@
     python -m mosaic_jax.main --config=configs/digits.py --workdir=runs/digits
 
 On two CPU cores about two minutes. Test accuracy over seeds 0, 1, 2: global model 87.2 ± 5.6,
-teacher 94.9 ± 0.8, student 91.7 ± 1.1, fine-tuned 93.0 ± 2.0.
+teacher 95.0 ± 1.0, student 95.9 ± 0.3, fine-tuned 96.4 ± 0.7.
 
 Options: `:mild`, `:moderate` (default), `:severe`, `:narrow`, `:small`; they combine, as in
 `:severe,small`.
