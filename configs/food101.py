@@ -14,19 +14,12 @@ from ml_collections import ConfigDict
 
 from mosaic_jax import settings
 
-SETTINGS = {
+SETTINGS = settings.FULL | {
     "data.name": "food101",
     "local_update.rounds": 1000,
     "local_update.steps": 20,
-    "local_update.learning_rate": 0.05,
-    "local_update.final_learning_rate": 0.005,
     "meta_model.learning_rate": 3e-4,
     "meta_model.heads": 10,  # as many as classes take memory
-    "fine_tuning.rounds": 10,
-    "knowledge_distillation.class_prior": True,
-    "knowledge_distillation.learning_rate": 1e-3,
-    "knowledge_distillation.batch_norm": "train",
-    "fine_tuning.batch_norm": "frozen",
 }
 
 

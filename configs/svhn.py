@@ -16,17 +16,10 @@ from ml_collections import ConfigDict
 
 from mosaic_jax import settings
 
-SETTINGS = {
+SETTINGS = settings.FULL | {
     "data.name": "svhn",
     "data.crop_padding": 4,
     "local_update.rounds": 300,
-    "local_update.learning_rate": 0.05,
-    "local_update.final_learning_rate": 0.005,
-    "fine_tuning.rounds": 10,
-    "knowledge_distillation.class_prior": True,
-    "knowledge_distillation.learning_rate": 1e-3,
-    "knowledge_distillation.batch_norm": "train",
-    "fine_tuning.batch_norm": "frozen",
 }
 
 

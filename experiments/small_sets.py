@@ -224,6 +224,23 @@ def _in_tar(file: str, top: str, files: Callable[[Splits], dict[str, bytes]]) ->
     return lambda folder, splits: write_tar(folder / file, top, files(splits))
 
 
+def _cifar_writers(name: str, stem: str, pickles: str, records: str) -> "dict[str, Writer]":
+    """Both forms, packed and not; the folders are what the archives hold."""
+
+    def as_pickles(splits: Splits) -> dict[str, bytes]:
+        return cifar_pickles(name, splits)
+
+    def as_records(splits: Splits) -> dict[str, bytes]:
+        return cifar_records(name, splits)
+
+    return {
+        "pickles in a tar": _in_tar(f"{stem}-python.tar.gz", pickles, as_pickles),
+        "pickles": _in_folder(pickles, as_pickles),
+        "records in a tar": _in_tar(f"{stem}-binary.tar.gz", records, as_records),
+        "records": _in_folder(records, as_records),
+    }
+
+
 Writer = Callable[[Path, Splits], None]
 WRITERS: dict[str, dict[str, Writer]] = {
     "mnist": {
@@ -232,26 +249,8 @@ WRITERS: dict[str, dict[str, Writer]] = {
     },
     "fashion_mnist": {"idx.gz": write_idx},
     "svhn": {"mat": write_mat},
-    "cifar10": {
-        "pickles in a tar": _in_tar(
-            "cifar-10-python.tar.gz", "cifar-10-batches-py", lambda s: cifar_pickles("cifar10", s)
-        ),
-        "pickles": _in_folder("cifar-10-batches-py", lambda s: cifar_pickles("cifar10", s)),
-        "records in a tar": _in_tar(
-            "cifar-10-binary.tar.gz", "cifar-10-batches-bin", lambda s: cifar_records("cifar10", s)
-        ),
-        "records": _in_folder("cifar-10-batches-bin", lambda s: cifar_records("cifar10", s)),
-    },
-    "cifar100": {
-        "pickles in a tar": _in_tar(
-            "cifar-100-python.tar.gz", "cifar-100-python", lambda s: cifar_pickles("cifar100", s)
-        ),
-        "pickles": _in_folder("cifar-100-python", lambda s: cifar_pickles("cifar100", s)),
-        "records in a tar": _in_tar(
-            "cifar-100-binary.tar.gz", "cifar-100-binary", lambda s: cifar_records("cifar100", s)
-        ),
-        "records": _in_folder("cifar-100-binary", lambda s: cifar_records("cifar100", s)),
-    },
+    "cifar10": _cifar_writers("cifar10", "cifar-10", "cifar-10-batches-py", "cifar-10-batches-bin"),
+    "cifar100": _cifar_writers("cifar100", "cifar-100", "cifar-100-python", "cifar-100-binary"),
     "tiny_imagenet": {
         "zip": lambda folder, splits: write_zip(
             folder / "tiny-imagenet-200.zip", "tiny-imagenet-200", tiny_imagenet_files(splits)

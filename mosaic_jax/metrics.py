@@ -100,10 +100,8 @@ def check_state(stage: str, block: int, carry: PyTree) -> None:
     Raises:
       UserError: naming stage, block and array.
     """
-    finite = _all_finite([leaf for _, leaf in jax.tree_util.tree_leaves_with_path(carry)])
-    for (path, _), good in zip(
-        jax.tree_util.tree_leaves_with_path(carry), jax.device_get(finite), strict=True
-    ):
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(carry), strict=True)
+    for path, good in zip(paths, jax.device_get(_all_finite(leaves)), strict=True):
         if not good:
             name = "/".join(str(getattr(part, "key", part)) for part in path)
             raise UserError(
@@ -113,7 +111,7 @@ def check_state(stage: str, block: int, carry: PyTree) -> None:
 
 
 @jax.jit
-def _all_finite(leaves: list[Array]) -> list[Array]:
+def _all_finite(leaves: tuple[Array, ...]) -> list[Array]:
     return [
         jnp.isfinite(leaf).all() if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.array(True)
         for leaf in leaves

@@ -23,6 +23,17 @@ HETEROGENEITY = {"mild": 1.0, "moderate": 0.1, "severe": 0.01}
 OPTIONS = ("small", "narrow", *HETEROGENEITY)
 """Words that may follow a config file's name."""
 
+FULL = {
+    "local_update.learning_rate": 0.05,
+    "local_update.final_learning_rate": 0.005,
+    "knowledge_distillation.class_prior": True,
+    "knowledge_distillation.learning_rate": 1e-3,
+    "knowledge_distillation.batch_norm": "train",
+    "fine_tuning.rounds": 10,
+    "fine_tuning.batch_norm": "frozen",
+}
+"""What the full forms of the published sets for accelerators have in common."""
+
 SMALL = {
     "data.train_images": 1000,
     "data.test_images": 200,

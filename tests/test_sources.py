@@ -499,6 +499,16 @@ def test_changed_files_are_decoded_again(nowhere):
     assert (first.train_images != second.train_images).any()
 
 
+def test_a_file_overwritten_in_place_is_decoded_again(nowhere):
+    small_sets.write("cifar10", nowhere / "set", "pickles", seed=0)
+    first = load("cifar10", directory=nowhere / "set")
+    other = small_sets.cifar_pickles("cifar10", small_sets.images("cifar10", seed=1))
+    (nowhere / "set/cifar-10-batches-py/test_batch").write_bytes(other["test_batch"])
+    second = load("cifar10", directory=nowhere / "set")
+    np.testing.assert_array_equal(second.train_images, first.train_images)
+    assert (second.test_images != first.test_images).any()
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "form"])
 def test_a_damaged_entry_is_taken_away_and_decoded_again(nowhere, caplog, damage):
     small_sets.write("svhn", nowhere / "set")

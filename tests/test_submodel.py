@@ -9,7 +9,7 @@ import pytest
 from mosaic_jax import methods, rng
 from mosaic_jax.data.clients import epoch_batch, to_float
 from mosaic_jax.models import build_classifier, submodel
-from mosaic_jax.stages import calibration, cohort, model_aggregation, round
+from mosaic_jax.stages import calibration, cohort, model_aggregation, prototypes, round
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.types import UserError
 
@@ -246,6 +246,28 @@ def test_what_nobody_in_the_round_holds_stays(federation, by_hand):
     )
     assert any(jax.tree.leaves(untouched))
     assert after["metrics"]["loss"].shape == (2,)
+
+
+@pytest.mark.parametrize("mode", ["auto", "parameters", "logits"])
+def test_experts_average_logits_where_there_are_sub_models(make_federation, mode):
+    setting = {"model_aggregation.expert_mode": mode}
+    narrow = make_federation(**{"submodel.capacities": CAPACITIES} | setting)
+    assert model_aggregation.averages_parameters(narrow) == (mode == "parameters")
+    whole = make_federation(**setting)
+    assert model_aggregation.averages_parameters(whole) == (mode != "logits")
+
+
+def test_prototypes_of_narrow_clients_are_those_of_whole_ones(make_federation):
+    """They run the models they are sent whole, whatever they train."""
+    found = []
+    for capacities in ((), CAPACITIES):
+        federation = make_federation(**{"submodel.capacities": capacities})
+        variables = federation.initial_variables()
+        several = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf, -leaf]), variables)
+        state = {"global": variables, "experts": several}
+        found.append(prototypes.collect(federation).block(state, None, 0)[0])
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert np.asarray(found[0]["features"]).any()
 
 
 def test_experts_are_averaged_over_the_holders_of_class_and_element(federation, by_hand):

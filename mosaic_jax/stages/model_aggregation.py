@@ -130,10 +130,3 @@ def mixture(federation: Federation) -> Callable[[Array], Array]:
         return lambda logits: logits[..., assignment, :]
     mixing = rows[assignment]
     return lambda logits: jnp.einsum("em,...mc->...ec", mixing, logits, precision="highest")
-
-
-def num_members(federation: Federation) -> int:
-    """Models in the mixture: the different experts, or the clients."""
-    if averages_parameters(federation):
-        return len(expert_weights(federation.counts)[0])
-    return federation.num_clients

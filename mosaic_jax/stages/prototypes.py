@@ -20,7 +20,7 @@ from mosaic_jax import parallel, rng
 from mosaic_jax.data.clients import pack, to_float
 from mosaic_jax.stages.cohort import model_bytes
 from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
-from mosaic_jax.stages.model_aggregation import averages_parameters, num_members
+from mosaic_jax.stages.model_aggregation import averages_parameters, expert_weights
 from mosaic_jax.types import Array, PyTree
 
 BATCH = 64
@@ -202,7 +202,7 @@ def _traffic(federation: Federation) -> tuple[np.ndarray, np.ndarray]:
     if settings.features == "global":
         download, features = 0, _feature_width(federation, federation.model)
     elif averages_parameters(federation):
-        members = num_members(federation)
+        members = len(expert_weights(counts)[0])
         download = members * num_bytes(federation.shapes(federation.model))
         features = members * _feature_width(federation, federation.model)
     else:
