@@ -4,6 +4,7 @@ import dataclasses
 import json
 import resource
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,7 +14,9 @@ import pytest
 
 from mosaic_jax import experiment, methods
 from mosaic_jax.stages import local_update
+from mosaic_jax.stages.cohort import cohort_of, size_weights
 from mosaic_jax.stages.federation import Federation
+from mosaic_jax.stages.round import round_function
 from mosaic_jax.types import UserError
 
 TINY = {
@@ -161,6 +164,15 @@ def test_a_diverged_run_stops_naming_stage_block_and_client(make_federation, tmp
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+def one_round_of(federation, received):
+    """What a round gives, the clients' models kept."""
+    shared = {"data": federation.data, "key": federation.key("round")}
+    shared |= {"learning_rate": 0.05, "first_step": 0, "round": 0}
+    run_round = round_function(federation, local_update.ClientUpdate(federation, 2), keep=True)
+    everyone = cohort_of(federation, np.arange(3), size_weights(federation))
+    return run_round({"global": federation.fresh(received)}, shared, everyone)
+
+
 def test_a_diverged_client_can_be_left_out(make_federation, tmp_path, monkeypatch):
     """Client 1's images are not numbers: with it left out, the run ends, and says so."""
 
@@ -182,6 +194,14 @@ def test_a_diverged_client_can_be_left_out(make_federation, tmp_path, monkeypatc
     for line in lines(tmp_path / "run"):
         assert line["diverged"] == [0.0, 1.0, 0.0]
         assert line["loss"][1] == 0.0 < line["loss"][0]
+    received = federation.initial_variables()
+    after = one_round_of(federation, received)
+    sizes = federation.counts.sum(axis=1) * [1.0, 0.0, 1.0]
+    others = jax.tree.map(lambda leaf: np.average(leaf, 0, sizes), after["clients"])
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, after["carry"]["global"], others)
+    own = jax.tree.map(lambda leaf: leaf[1], after["clients"])
+    assert_same(own, received)
     stopped = make_federation(**settings | {"local_update.leave_out_diverged": False})
     stopped = dataclasses.replace(stopped, data=federation.data)
     with pytest.raises(UserError, match="client 1 diverged in stage local_update, block 0"):

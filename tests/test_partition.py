@@ -271,3 +271,14 @@ def test_local_shards_are_proportional_and_as_large_as_can_be() -> None:
 def test_local_shards_without_any_test_image_are_empty() -> None:
     shards = partitions.local_test_shards(np.array([0, 0, 1]), np.array([[0, 0, 5], [1, 0, 5]]), 0)
     assert [shard.tolist() for shard in shards] == [[], [0, 1]]
+
+
+@pytest.mark.parametrize("useless", [0.0, np.nan, np.inf])
+def test_proportions_that_cannot_be_scaled_are_drawn_again(useless):
+    draws = iter([np.array([useless, 0.0]), np.array([0.25, 0.75])])
+
+    class Generator:
+        def dirichlet(self, alphas):
+            return next(draws)
+
+    assert list(partitions._cuts(8, np.array([True, True]), 0.001, Generator())) == [2]
