@@ -10,7 +10,7 @@ import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mosaic_jax import methods
+from mosaic_jax import hosts, methods, parallel
 from mosaic_jax.checkpoint import StageCheckpoints
 from mosaic_jax.config import Config
 from mosaic_jax.metrics import MetricsFile, check_clients, check_finite, check_state
@@ -54,8 +54,9 @@ def run(
       Stopped: at the end of a block, after saving.
     """
     stages = methods.stages(federation.config.method, federation)
-    claim(workdir, federation.config)
-    with in_use(workdir):
+    hosts.on_first_host(lambda: claim(workdir, federation.config))
+    with ExitStack() as until_the_end:
+        hosts.on_first_host(lambda: until_the_end.enter_context(in_use(workdir)))
         return _run(stages, federation, workdir, watch, is_asked_to_stop)
 
 
@@ -66,9 +67,10 @@ def _run(
     watch: Watcher,
     is_asked_to_stop: Callable[[], bool],
 ) -> State:
-    describe(workdir, federation)
+    hosts.on_first_host(lambda: describe(workdir, federation))
     metrics = MetricsFile(workdir / "metrics.jsonl")
     state: State = {"global": federation.initial_variables()}
+    has_samples = hosts.any_host((workdir / "samples.npz").exists())
     for position, stage in enumerate(stages):
         later = {other.name for other in stages[position + 1 :]}
         checkpoints = StageCheckpoints(workdir / "checkpoints" / stage.name)
@@ -76,11 +78,20 @@ def _run(
             stage, state, federation, checkpoints, metrics, later, watch, is_asked_to_stop
         )
         checkpoints.close()
-        if stage.samples is not None and not (workdir / "samples.npz").exists():
-            _write(workdir / "samples.npz", partial(_save_arrays, stage.samples(state)))
-    summary = json.dumps(summarise(stages, metrics), indent=1) + "\n"
-    _write(workdir / "summary.json", lambda file: file.write(summary.encode()))
+        if stage.samples is not None and not has_samples:
+            _save_samples(workdir, stage.samples(state))
+    hosts.on_first_host(lambda: _save_summary(workdir, summarise(stages, metrics)))
     return state
+
+
+def _save_summary(workdir: Path, summary: dict[str, Any]) -> None:
+    text = json.dumps(summary, indent=1) + "\n"
+    _write(workdir / "summary.json", lambda file: file.write(text.encode()))
+
+
+def _save_samples(workdir: Path, samples: dict[str, np.ndarray]) -> None:
+    save = partial(_save_arrays, samples)
+    hosts.on_first_host(lambda: _write(workdir / "samples.npz", save))
 
 
 def _save_arrays(arrays: dict[str, np.ndarray], file: BinaryIO) -> None:
@@ -119,16 +130,17 @@ def run_stage(
     for block in range(done, stage.blocks):
         begin = time.perf_counter()
         carry, figures = stage.block(state, carry, block)
-        figures = {name: np.asarray(value) for name, value in jax.device_get(figures).items()}
+        figures = {name: np.asarray(v) for name, v in parallel.to_host(dict(figures)).items()}
         seconds = time.perf_counter() - begin
         leave_out = federation.config.local_update.leave_out_diverged
         figures = check_clients(stage.name, block, figures, leave_out)
         check_finite(stage.name, block, figures)
+        stage.inspect(figures)
         number, last = block + 1, block + 1 == stage.blocks
         if last or number % every.evaluate_every == 0:
             figures |= stage.evaluate(stage.finish(state, carry))
         metrics.write(stage.name, number, figures | {"seconds": seconds} | _traffic(stage, last))
-        stop = is_asked_to_stop()
+        stop = hosts.any_host(is_asked_to_stop())
         if last or stop or number % every.checkpoint_every == 0:
             check_state(stage.name, block, carry)
             checkpoints.save(number, carry)
@@ -148,15 +160,27 @@ def _resume(
 ) -> tuple[int, PyTree]:
     """Blocks done and carry, from the newest whole checkpoint or from the start."""
     if checkpoints.manager.latest_step() is not None:
-        replicated = NamedSharding(federation.mesh, P())
-        like = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated),
-            jax.eval_shape(stage.start, state),
-        )
-        restored = checkpoints.restore(like)
+        restored = checkpoints.restore(_layout(stage, state, federation))
         if restored is not None and restored[0] <= stage.blocks:
             return restored
     return 0, stage.start(state)
+
+
+def _layout(stage: Stage, state: State, federation: Federation) -> PyTree:
+    """Shapes of what a stage carries, and where on this run's devices they lie."""
+
+    def place(name: str, leaf: PyTree) -> jax.ShapeDtypeStruct:
+        everywhere = NamedSharding(federation.mesh, P())
+        where = (
+            parallel.stacked(federation.mesh, leaf.shape[0]) if name in stage.stacks else everywhere
+        )
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    shapes = jax.eval_shape(stage.start, state)
+    return {
+        name: jax.tree.map(lambda leaf, name=name: place(name, leaf), part)
+        for name, part in shapes.items()
+    }
 
 
 def claim(workdir: Path, config: Config) -> None:

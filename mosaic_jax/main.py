@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mosaic_jax import experiment, methods, parallel, report, settings
+from mosaic_jax import experiment, hosts, methods, parallel, report, settings
 from mosaic_jax.config import Config
 from mosaic_jax.data import cache, sources
 from mosaic_jax.stages import federation as federations
@@ -34,6 +35,17 @@ CONFIG = config_flags.DEFINE_config_file(
     help_string="Settings file, with options: configs/digits.py:severe or configs/digits.py:small.",
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; the same one resumes it.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "One of several hosts, found in SLURM's, Open MPI's or the cloud's settings.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "ADDRESS:PORT of the first of several hosts, where nothing says it."
+)
+HOSTS = flags.DEFINE_integer("hosts", None, "How many hosts there are, with --coordinator.")
+HOST = flags.DEFINE_integer("host", None, "Which of them this is, from 0, with --coordinator.")
+HOSTS_SECONDS = flags.DEFINE_integer("hosts_seconds", 120, "How long hosts wait for each other.")
 
 CPU_DEVICES = 8
 """CPU devices at most: each holds the data set."""
@@ -41,6 +53,7 @@ CPU_DEVICES = 8
 USER_ERROR = 2
 """Exit status of a run the user can mend."""
 
+FAILED = 1
 INTERRUPTED = 130
 TERMINATED = 143
 """What a shell reports of a process that the signals ended."""
@@ -48,16 +61,21 @@ TERMINATED = 143
 
 def main(argv: list[str]) -> int:
     """Run what the flags ask for; returns the exit status."""
-    console = Console()
     try:
         config = _settings(argv)
         set_up_jax(config.partition.clients)
-        federation = prepare(config)
+        _join_hosts()
+        console = Console(quiet=not hosts.is_first())
         workdir = Path(WORKDIR.value or f"runs/{config.data.name}")
+        hosts.check_agreement("settings", lambda: f"{config}")
+        hosts.check_agreement("a work directory", lambda: f"{workdir}")
+        federation = prepare(config)
         console.print(plan(federation, workdir))
         with _progress(console) as progress:
             experiment.run(federation, workdir, Watcher(progress), _terminations())
-        report.show(workdir, console)
+        hosts.part()
+        if hosts.is_first():
+            report.show(workdir, console)
     except experiment.Stopped:
         print("stopped after saving; the same command resumes", file=sys.stderr)
         return TERMINATED
@@ -67,7 +85,28 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return INTERRUPTED
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        hosts.await_verdict()
+        traceback.print_exc()
+        return FAILED  # at once: an interpreter that ends of itself waits for the other hosts
     return 0
+
+
+def _join_hosts() -> None:
+    """Meet the other hosts, if the flags say that there are any.
+
+    Raises:
+      UserError: flags that do not say it fully.
+    """
+    given = COORDINATOR.value, HOSTS.value, HOST.value
+    if all(value is not None for value in given):
+        hosts.join(*given, HOSTS_SECONDS.value)
+    elif any(value is not None for value in given):
+        raise UserError("--coordinator, --hosts and --host go together; with --distributed, none")
+    elif DISTRIBUTED.value:
+        hosts.join(None, None, None, HOSTS_SECONDS.value)
 
 
 def _terminations() -> Callable[[], bool]:
@@ -94,6 +133,7 @@ def prepare(config: Config) -> Federation:
         test_images=config.data.test_images,
         seed=config.seed,
     )
+    hosts.check_agreement("images", dataset.fingerprint)
     return federations.build(config, dataset, parallel.make_mesh(config.parallel.devices))
 
 
@@ -157,7 +197,7 @@ def set_up_jax(clients: int) -> None:
 def plan(federation: Federation, workdir: Path) -> Table:
     """What will run: clients with their class histogram, model, devices and directory."""
     config, devices = federation.config, federation.mesh.devices.flatten()
-    variables = jax.eval_shape(federation.initial_variables)
+    variables = federation.shapes(federation.model)
     size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     lanes = parallel.lanes_for(config.parallel.lanes, federation.num_clients, federation.mesh)
     table = Table(

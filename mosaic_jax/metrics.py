@@ -10,14 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mosaic_jax import hosts, parallel
 from mosaic_jax.types import Array, PyTree, UserError
 
 
 class MetricsFile:
-    """Appends to `metrics.jsonl`; each line is on disk before the next checkpoint is."""
+    """Appends to `metrics.jsonl`; each line is on disk before the next checkpoint is.
+
+    Of several hosts the first writes, and only it knows what is in the file.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self.writes = hosts.is_first()
 
     def read(self) -> list[dict[str, Any]]:
         """All whole lines; a line cut off by a crash is left out."""
@@ -31,6 +36,8 @@ class MetricsFile:
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the lines a resumed run is going to write again."""
+        if not self.writes:
+            return
         lines = [json.dumps(line) + "\n" for line in self.read() if wanted(line)]
         fresh = self.path.with_suffix(".tmp")
         fresh.write_text("".join(lines))
@@ -38,6 +45,8 @@ class MetricsFile:
 
     def write(self, stage: str, block: int, figures: Mapping[str, Any]) -> None:
         """Append one line; arrays become lists."""
+        if not self.writes:
+            return
         plain = {name: np.asarray(value).tolist() for name, value in figures.items()}
         with self.path.open("a") as file:
             file.write(json.dumps({"stage": stage, "block": block, **plain}) + "\n")
@@ -101,7 +110,7 @@ def check_state(stage: str, block: int, carry: PyTree) -> None:
       UserError: naming stage, block and array.
     """
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(carry), strict=True)
-    for path, good in zip(paths, jax.device_get(_all_finite(leaves)), strict=True):
+    for path, good in zip(paths, parallel.to_host(_all_finite(leaves)), strict=True):
         if not good:
             name = "/".join(str(getattr(part, "key", part)) for part in path)
             raise UserError(

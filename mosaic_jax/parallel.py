@@ -39,8 +39,47 @@ def make_mesh(devices: int = 0) -> Mesh:
 
 
 def replicated(mesh: Mesh, tree: PyTree) -> PyTree:
-    """Put a tree on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    """Put a tree, the same on every host, on every device of the mesh."""
+    everywhere = NamedSharding(mesh, P())
+
+    def put(leaf: Array) -> Array:
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, everywhere)
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            # Keys cannot be put on other hosts' devices, their numbers can.
+            return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, everywhere)
+        # `device_put` would gather the arrays of all hosts to compare them.
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, everywhere, array.__getitem__)
+
+    return jax.tree.map(put, tree)
+
+
+def stacked(mesh: Mesh, count: int) -> NamedSharding:
+    """Where `count` stacked clients or models lie: spread evenly over the devices, if they can be.
+
+    If the number of devices does not divide them, all of them lie on every device.
+    """
+    return NamedSharding(mesh, P(AXIS) if count and count % mesh.size == 0 else P())
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """A tree of arrays as NumPy arrays on every host, wherever its parts lie.
+
+    All hosts must call it, and with the same tree.
+    """
+
+    def whole(leaf: Array) -> Array:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        if leaf.is_fully_replicated:
+            return leaf
+        everywhere = NamedSharding(leaf.sharding.mesh, P())  # type: ignore[attr-defined]
+        return jax.jit(lambda part: part, out_shardings=everywhere)(leaf)
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def lanes_for(lanes: int, clients: int, mesh: Mesh) -> int:
@@ -113,9 +152,7 @@ def reduce_clients(
     def reduced(shared: PyTree, clients: PyTree, weights: Array) -> tuple[PyTree, PyTree]:
         total = count(clients)
         width = lanes_for(lanes, total, mesh)
-        padding = -total % (width * mesh.size)
-        clients = jax.tree.map(lambda leaf: _pad(leaf, padding), clients)
-        weights = jnp.pad(weights, ((0, padding), (0, 0)))
+        clients, weights = _filled_up(clients, weights, -total % mesh.size)
         mapped = jax.shard_map(
             lambda shared, clients, weights: _device(function, width, shared, clients, weights),
             mesh=mesh,
@@ -124,7 +161,7 @@ def reduce_clients(
             check_vma=False,
         )
         sums, kept = mapped(shared, clients, weights)
-        return sums, jax.tree.map(lambda leaf: leaf[:total], kept) if padding else kept
+        return sums, jax.tree.map(lambda leaf: leaf[:total], kept)
 
     return reduced
 
@@ -139,6 +176,9 @@ def _device(
 ) -> tuple[PyTree, PyTree]:
     """One device's share: a scan over groups of `lanes` clients, then the sum over devices."""
 
+    total = len(weights)
+    clients, weights = _filled_up(clients, weights, -total % lanes)
+
     def one_group(sums: PyTree, group: PyTree) -> tuple[PyTree, PyTree]:
         members, member_weights = group
         summands, kept = _lanes(function, lanes, shared, members)
@@ -150,7 +190,7 @@ def _device(
     shapes = jax.eval_shape(lambda group: _lanes(function, lanes, shared, group[0])[0], first)
     zeros = jax.tree.map(lambda s: jnp.zeros((weights.shape[1], *s.shape[1:]), jnp.float32), shapes)
     sums, kept = jax.lax.scan(one_group, zeros, groups)
-    kept = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), kept)
+    kept = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:total], kept)
     return jax.tree.map(lambda leaf: jax.lax.psum(leaf, AXIS), sums), kept
 
 
@@ -169,6 +209,12 @@ def _contract(weights: Array, stacked: Array) -> Array:
     return jnp.tensordot(
         weights, stacked.astype(jnp.float32), axes=(0, 0), precision=jax.lax.Precision.HIGHEST
     )
+
+
+def _filled_up(clients: PyTree, weights: Array, padding: int) -> tuple[PyTree, Array]:
+    """So many copies of the last client behind the others, with weight 0."""
+    clients = jax.tree.map(lambda leaf: _pad(leaf, padding), clients)
+    return clients, jnp.pad(weights, ((0, padding), (0, 0)))
 
 
 def _pad(leaf: Array, padding: int) -> Array:

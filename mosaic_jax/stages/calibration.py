@@ -53,14 +53,14 @@ def calibrator(federation: Federation) -> Callable[..., tuple[Variables, Variabl
         stacks += [] if others is None else [others]
         models = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
         ids, weights = (jnp.concatenate(cohort[name]) for name in ("ids", "weights"))
-        clients = jax.tree.map(lambda leaf: leaf[ids], federation.clients)
+        clients = jax.tree.map(lambda leaf: leaf[ids], cohort["lists"])
         sums, _ = reduce(shared | {"models": models}, clients, weights)
         own = jnp.arange(weights.shape[1])
         moments = jax.tree.map(lambda leaf: leaf[own, own], sums)
         models = {**models, "batch_stats": _statistics(moments)}
         first = jax.tree.map(lambda leaf: leaf[0], models)
         rest = None if others is None else jax.tree.map(lambda leaf: leaf[1:], models)
-        return first, rest
+        return federation.everywhere(first), federation.spread(rest)
 
     return federation.jit(calibrate)
 

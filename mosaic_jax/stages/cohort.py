@@ -27,7 +27,8 @@ def cohort_of(federation: Federation, clients: np.ndarray, weights: np.ndarray) 
 
     Returns:
       "ids" and "weights", one entry a group, filled up with members of weight 0; "slots", where
-      among all of these each of the k clients stands; and "clients", their numbers.
+      among all of these each of the k clients stands; "clients", their numbers; and "lists", the
+      packed lists of all clients of the federation.
     """
     takes_part = np.isin(np.arange(federation.num_clients), clients)
     weights = np.where(takes_part[:, None], weights, 0.0)
@@ -40,7 +41,7 @@ def cohort_of(federation: Federation, clients: np.ndarray, weights: np.ndarray) 
         rows.append(weights[first])
         slots[first] = before + np.arange(size)
         before += size
-    return federation.place(
+    numbers = federation.place(
         {
             "ids": tuple(ids),
             "weights": tuple(rows),
@@ -48,6 +49,7 @@ def cohort_of(federation: Federation, clients: np.ndarray, weights: np.ndarray) 
             "clients": clients.astype(np.int32),
         }
     )
+    return numbers | {"lists": federation.clients}
 
 
 def size_weights(federation: Federation) -> np.ndarray:

@@ -7,7 +7,6 @@ validation part of the clients' data (`data.validation_fraction`).
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mosaic_jax import parallel
@@ -70,7 +69,8 @@ def predictor(
     def predict(variables: PyTree, images: np.ndarray) -> np.ndarray:
         chunks = parallel.replicated(federation.mesh, _chunks(images))
         result = mapped(variables, chunks)
-        return np.asarray(jax.device_get(result)).reshape(-1, result.shape[-1])[: len(images)]
+        logits = np.asarray(parallel.to_host(result))
+        return logits.reshape(-1, logits.shape[-1])[: len(images)]
 
     return predict
 
@@ -103,7 +103,7 @@ def personal_evaluator(
 
     def evaluate(variables: PyTree, owns: PyTree) -> dict[str, float]:
         chunks = parallel.replicated(federation.mesh, _chunks(dataset.test_images))
-        chosen = jax.device_get(mapped({"variables": variables, "chunks": chunks}, owns))
+        chosen = parallel.to_host(mapped({"variables": variables, "chunks": chunks}, owns))
         correct = chosen[:, : len(dataset.test_labels)] == dataset.test_labels
         local = [
             own[shard].mean() for own, shard in zip(correct, shards, strict=True) if len(shard)
@@ -116,7 +116,7 @@ def personal_evaluator(
     return evaluate
 
 
-def _chunks(images: np.ndarray) -> Array:
+def _chunks(images: np.ndarray) -> np.ndarray:
     """Images [n, ...] as [chunks, CHUNK, ...], filled up with black ones."""
     filled = np.pad(images, [(0, -len(images) % CHUNK), *[(0, 0)] * 3])
-    return jnp.asarray(filled.reshape(-1, CHUNK, *images.shape[1:]))
+    return filled.reshape(-1, CHUNK, *images.shape[1:])

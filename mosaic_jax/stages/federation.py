@@ -5,7 +5,7 @@ is one box of the paper's Figure 1 cut into compiled blocks: the experiment runs
 without knowing what it does. Between stages runs a `State`, a plain dict of named pytrees.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -40,6 +40,8 @@ class Stage:
       finish: (state, carry) -> state; traceable and cheap.
       evaluate: state after `finish` -> named figures; never feeds back into the run.
       samples: state after `finish` -> images to look at, uint8 [clients, n, h, w, c] by kind.
+      inspect: a block's metrics on the host -> warnings.
+      stacks: entries of the carry whose leaves lead with an axis of clients or models.
       client_steps: optimiser steps of all clients (or of the server) in one block.
       download: bytes each client receives in the whole stage, [clients].
       upload: bytes each client sends.
@@ -52,6 +54,8 @@ class Stage:
     finish: Callable[[State, PyTree], State]
     evaluate: Callable[[State], dict[str, float]] = field(default=lambda state: {})
     samples: Callable[[State], dict[str, np.ndarray]] | None = None
+    inspect: Callable[[Metrics], None] = field(default=lambda metrics: None)
+    stacks: frozenset[str] = frozenset()
     client_steps: int = 0
     download: np.ndarray | int = 0
     upload: np.ndarray | int = 0
@@ -143,24 +147,46 @@ class Federation:
         """Numbers, keys and arrays on every device: what compiled blocks are given."""
         return parallel.replicated(self.mesh, tree)
 
-    def fresh(self, tree: PyTree) -> PyTree:
-        """A copy on every device, which a compiled block may take over (donation)."""
-        copy = jax.jit(
-            lambda tree: jax.tree.map(jnp.copy, tree),
-            out_shardings=NamedSharding(self.mesh, P()),
-        )
-        return copy(tree)
+    def fresh(self, carry: dict[str, PyTree], stacks: Container[str] = ()) -> dict[str, PyTree]:
+        """A copy that a compiled block may take over (donation): stacks spread, else everywhere."""
+
+        def copied(carry: dict[str, PyTree]) -> dict[str, PyTree]:
+            return {
+                name: (self.spread if name in stacks else self.everywhere)(
+                    jax.tree.map(jnp.copy, part)
+                )
+                for name, part in carry.items()
+            }
+
+        return cast(dict[str, PyTree], self.jit(copied)(carry))
+
+    def everywhere(self, tree: PyTree) -> PyTree:
+        """Inside compiled blocks: arrays that every device holds."""
+        where = NamedSharding(self.mesh, P())
+        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, where), tree)
+
+    def spread(self, tree: PyTree) -> PyTree:
+        """Inside compiled blocks: stacks [clients or models, ...], see `parallel.stacked`."""
+
+        def lay(leaf: Array) -> Array:
+            where = parallel.stacked(self.mesh, leaf.shape[0])
+            return jax.lax.with_sharding_constraint(leaf, where)
+
+        return jax.tree.map(lay, tree)
 
     def empty(self, function: Callable[..., PyTree], *args: PyTree) -> PyTree:
-        """Zeros of the shapes that `function(*args)` returns; nothing is computed."""
+        """Zeros of the shapes that `function(*args)` returns; nothing is computed.
+
+        NumPy's, which take no memory as long as nobody looks.
+        """
         shapes = jax.eval_shape(function, *args)
-        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return jax.tree.map(lambda shape: np.zeros(shape.shape, shape.dtype), shapes)
 
     def initial_variables(self) -> Variables:
         """The classifier's first weights, the same for all clients."""
         images = jnp.zeros((1, *self.dataset.image_shape))
-        variables = jax.jit(self.model.init)(self.key("initial_variables"), images)
-        return self.place(variables)
+        initial = self.jit(lambda key: self.everywhere(self.model.init(key, images)))
+        return cast(Variables, initial(self.place(self.key("initial_variables"))))
 
     def shapes(self, model: nn.Module) -> Variables:
         """Shapes of a classifier's variables; nothing is computed."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mosaic_jax import rng
+from mosaic_jax import parallel, rng
 from mosaic_jax.data.clients import crop_and_flip, to_float, uniform_batch
 from mosaic_jax.stages.adversary import Adversary
 from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
@@ -26,6 +26,18 @@ SAMPLES = 8
 
 SETTLING = 40
 """Batches whose statistics the uploaded generator takes over: 0.9**40 = 1.5% is left of others."""
+
+CARRY = frozenset(
+    {
+        "generator",
+        "adversary",
+        "generator_optimizer",
+        "adversary_optimizer",
+        "average",
+        "settled",
+    }
+)
+"""What each client carries from step to step; all of it stays with the client but the upload."""
 
 LOSS_WEIGHTS = ("entropy_weight", "diversity_weight", "inversion_weight")
 
@@ -211,8 +223,11 @@ def train(federation: Federation) -> Stage:
     }
     shared = {"data": federation.data} | federation.place(constants)
 
-    start_all = federation.jit(federation.map(client.start))
-    block_all = federation.jit(_paired(federation.map(client.block)), donate_argnums=2)
+    start_all = federation.jit(_spread(federation, federation.map(client.start)))
+    block_all = federation.jit(
+        _spread(federation, _paired(federation.map(client.block))), donate_argnums=2
+    )
+    upload_all = federation.jit(_spread(federation, jax.vmap(client.upload)))
 
     def clients(state: State) -> PyTree:
         return federation.clients | {"frozen": state["clients"]}
@@ -228,8 +243,9 @@ def train(federation: Federation) -> Stage:
         blocks=settings.steps // settings.block_steps,
         start=lambda state: start_all(shared, clients(state)),
         block=block,
-        finish=lambda state, carry: state | {"generators": jax.vmap(client.upload)(carry)},
+        finish=lambda state, carry: state | {"generators": upload_all(carry)},
         samples=_samples(federation),
+        stacks=CARRY,
         client_steps=settings.block_steps * federation.num_clients,
         upload=num_bytes(upload),
     )
@@ -240,7 +256,8 @@ def _samples(federation: Federation) -> Callable[[State], dict[str, np.ndarray]]
     draw = federation.jit(sampler(federation, SAMPLES))
 
     def samples(state: State) -> dict[str, np.ndarray]:
-        images = np.asarray(draw(state["generators"], federation.key("samples")))
+        key = federation.place(federation.key("samples"))
+        images = parallel.to_host(draw(state["generators"], key))
         chosen = np.stack([np.resize(indices, SAMPLES) for indices in federation.indices])
         return {
             "generated": np.rint((images + 1) * 127.5).astype(np.uint8),
@@ -248,6 +265,11 @@ def _samples(federation: Federation) -> Callable[[State], dict[str, np.ndarray]]
         }
 
     return samples
+
+
+def _spread(federation: Federation, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """The same, its results [clients, ...] spread over the devices."""
+    return lambda *args: federation.spread(function(*args))
 
 
 def _paired(mapped: Callable[..., PyTree]) -> Callable[..., PyTree]:

@@ -7,6 +7,7 @@ kl_weight KL(t || s) + ce_weight CE(argmax t, s) + js_weight JS(t, s).
 
 import logging
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from mosaic_jax import rng
 from mosaic_jax.data.clients import crop_and_flip, to_float
 from mosaic_jax.parallel import AXIS
 from mosaic_jax.stages.evaluation import evaluator
-from mosaic_jax.stages.federation import Federation, Stage, State
+from mosaic_jax.stages.federation import Federation, Metrics, Stage, State
 from mosaic_jax.stages.generator_ensemble import log_class_prior, mixed_clients, mixed_sampler
 from mosaic_jax.stages.generator_losses import diversity_loss
 from mosaic_jax.stages.meta_model import teacher_logits
@@ -137,13 +138,7 @@ def distil(federation: Federation) -> Stage:
             "source": federation.data if settings.images == "real" else state["generators"],
         }
         first = federation.place(np.int32(index * settings.block_steps))
-        carry, metrics = steps(carry, inputs, first)
-        if jax.device_get(metrics["teacher_classes"]) < FEWEST_CLASSES:
-            log.warning(
-                "the teacher sees one class in nearly all distillation images: the generators "
-                "have collapsed, and the student learns nothing; train them longer"
-            )
-        return carry, metrics
+        return cast(tuple[PyTree, PyTree], steps(carry, inputs, first))
 
     return Stage(
         name="knowledge_distillation",
@@ -153,7 +148,17 @@ def distil(federation: Federation) -> Stage:
         finish=lambda state, carry: state | {"student": carry["student"]},
         evaluate=lambda state: evaluate(state["student"]),
         client_steps=settings.block_steps,
+        inspect=inspect,
     )
+
+
+def inspect(metrics: Metrics) -> None:
+    """Warns where the teacher sees nearly one class only in a block's images."""
+    if metrics["teacher_classes"] < FEWEST_CLASSES:
+        log.warning(
+            "the teacher sees one class in nearly all distillation images: the generators have "
+            "collapsed, and the student learns nothing; train them longer"
+        )
 
 
 def class_prior(federation: Federation) -> np.ndarray:

@@ -100,6 +100,7 @@ def form_experts(federation: Federation) -> Stage:
         client_steps=settings.steps * federation.num_clients,
         download=down + whole,
         upload=up + statistics + 4 * counts.shape[1],
+        stacks=frozenset({"clients", "experts"}),
     )
 
 

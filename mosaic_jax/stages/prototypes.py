@@ -11,6 +11,8 @@ forward only: by the channels of its own sub-model, features are so unlike those
 heads are given later that the meta model learns next to nothing (`docs/decisions.md`).
 """
 
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -155,29 +157,30 @@ def _features(federation: Federation, shared: PyTree, client: PyTree) -> Array:
 def collect(federation: Federation) -> Stage:
     """Prototypes of all clients and classes, as one compiled call."""
     clients = federation.place(_subset(federation))
-    compiled = federation.jit(
-        federation.map(lambda shared, client: client_prototypes(federation, shared, client))
-    )
+    mapped = federation.map(lambda shared, client: client_prototypes(federation, shared, client))
 
+    def all_clients(shared: PyTree, clients: PyTree) -> tuple[PyTree, PyTree]:
+        prototypes = federation.spread(mapped(shared, clients))
+        return prototypes, {"prototypes": prototypes["valid"].sum((1, 2))}
+
+    compiled = federation.jit(all_clients)
     key = federation.place(federation.key("prototypes"))
 
-    def run(state: State) -> PyTree:
+    def run(state: State) -> tuple[PyTree, PyTree]:
         shared = {"global": state["global"], "experts": state["experts"]}
-        return compiled(shared | {"data": federation.data, "key": key}, clients)
-
-    def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
-        prototypes = run(state)
-        return prototypes, {"prototypes": prototypes["valid"].sum((1, 2))}
+        result = compiled(shared | {"data": federation.data, "key": key}, clients)
+        return cast(tuple[PyTree, PyTree], result)
 
     download, upload = _traffic(federation)
     return Stage(
         name="prototypes",
         blocks=1,
-        start=lambda state: federation.empty(run, state),
-        block=block,
+        start=lambda state: federation.empty(run, state)[0],
+        block=lambda state, carry, index: run(state),
         finish=lambda state, carry: state | {"prototypes": carry},
         download=download,
         upload=upload,
+        stacks=frozenset({"features", "valid"}),
     )
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mosaic_jax import rng
+from mosaic_jax import parallel, rng
 from mosaic_jax.models import submodel
 from mosaic_jax.models.normalisation import norms, with_norms
 from mosaic_jax.stages.federation import Federation, Group
@@ -138,7 +138,8 @@ def round_function(
       variables} and, if batch norms are personal, "norms" [clients, ...]; `shared` is all else
       that `ClientUpdate` is given, and "round"; `cohort` is of `cohort.cohort_of`. A dict: the next
       "carry", "others", the averages of the other columns of weights [columns, ...], "metrics" of
-      the cohort's clients and, if kept, their models, "clients", as whole ones.
+      the cohort's clients and, if kept, their models, "clients", as whole ones. The models of all
+      are on every device, stacks are spread over the devices.
     """
     scheme = scheme or federation.config.submodel.scheme
     reduces = [
@@ -148,24 +149,41 @@ def round_function(
     def one_round(carry: PyTree, shared: PyTree, cohort: PyTree) -> PyTree:
         variables, results = carry["global"], []
         for reduce, ids, weights in zip(reduces, cohort["ids"], cohort["weights"], strict=True):
-            clients = federation.clients | ({"norms": carry["norms"]} if update.personal else {})
-            chosen = jax.tree.map(lambda leaf, ids=ids: leaf[ids], clients)
+            clients = cohort["lists"] | ({"norms": carry["norms"]} if update.personal else {})
+            chosen = _chosen(clients, ids)
             results.append(reduce(shared | {"variables": variables}, chosen, weights))
         sums = _total([sums for sums, _ in results])
-        kept = jax.tree.map(
-            lambda *parts: jnp.concatenate(parts)[cohort["slots"]], *(kept for _, kept in results)
-        )
+        kept = _in_order([kept for _, kept in results], cohort["slots"])
         first = averaged(jax.tree.map(lambda leaf: leaf[0], sums), variables)
-        after = {"global": first}
+        after = {"global": federation.everywhere(first)}
         if update.personal:
-            own = kept.pop("norms")
-            after["norms"] = jax.tree.map(
-                lambda old, new: old.at[cohort["clients"]].set(new), carry["norms"], own
-            )
+            own = _replaced(carry["norms"], cohort["clients"], kept.pop("norms"))
+            after["norms"] = federation.spread(own)
         others = averaged(jax.tree.map(lambda leaf: leaf[1:], sums), first)
-        return kept | {"carry": after, "others": others}
+        return federation.spread(kept) | {"carry": after, "others": federation.spread(others)}
 
     return federation.jit(one_round, donate_argnums=0)
+
+
+def _chosen(clients: PyTree, ids: Array) -> PyTree:
+    """These rows of stacks [clients, ...]; all of them are in order and stay where they lie."""
+    if len(ids) == parallel.count(clients):
+        return clients
+    return jax.tree.map(lambda leaf: leaf[ids], clients)
+
+
+def _in_order(groups: list[PyTree], slots: Array) -> PyTree:
+    """The groups' stacks as one, in the order of the cohort; a single group's is in it."""
+    if len(groups) == 1:
+        return dict(groups[0])
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[slots], *groups)
+
+
+def _replaced(stack: PyTree, ids: Array, rows: PyTree) -> PyTree:
+    """A stack with these rows anew."""
+    if len(ids) == parallel.count(stack):
+        return rows
+    return jax.tree.map(lambda old, new: old.at[ids].set(new), stack, rows)
 
 
 def _total(groups: list[PyTree]) -> PyTree:

@@ -54,6 +54,8 @@ class Rounds:
       server: what the server does beyond the average.
     """
 
+    STACKS = frozenset({"norms"})
+
     def __init__(
         self,
         federation: Federation,
@@ -90,6 +92,7 @@ class Rounds:
             client_steps=self.update.steps * len(self.participants(0)),
             download=download,
             upload=upload,
+            stacks=self.STACKS,
         )
 
     def participants(self, index: int) -> np.ndarray:
@@ -109,7 +112,7 @@ class Rounds:
             carry["norms"] = _everyones(self.federation, norms(state[self.model]))
         if self.server is not None:
             carry["server"] = self.server.start(state[self.model])
-        return self.federation.fresh(carry)
+        return self.federation.fresh(carry, self.STACKS)
 
     def block(self, state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
         """One round."""
