@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.operations import operations
 from mosaic_jax import methods
@@ -155,7 +156,9 @@ def pass_through(stages: list[Stage], state: State) -> dict[str, State]:
 def drawn(federation: Federation, state: State) -> jax.Array:
     """Generated images for the teacher, as many of each generator."""
     each = -(-TEACHER_IMAGES // federation.num_clients)
-    images = federation.jit(sampler(federation, each))(state["generators"], federation.key("draw"))
+    images = federation.jit(sampler(federation, each))(
+        state["generators"], federation.key("draw"), np.arange(federation.num_clients)
+    )
     return images.reshape(-1, *images.shape[2:])[:TEACHER_IMAGES]
 
 

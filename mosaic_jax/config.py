@@ -168,6 +168,7 @@ class KnowledgeDistillation:
     steps: int = 1500
     block_steps: int = 50  # steps in one compiled call
     images_per_generator: int = 32  # on average; shared out by the clients' numbers of images
+    generators_per_step: int = 0  # seeded draw, a divisor of the clients; 0: all, at most 256
     images: str = "generated"  # generated | real (an oracle that no federation could run)
     class_prior: bool = False  # teacher's answers times the class shares of the generator's client
     learning_rate: float = 1e-4  # Adam; falls to 0 along a cosine
@@ -193,6 +194,7 @@ class Parallel:
 
     lanes: int = 0  # clients vmapped at a time on a device; 0: 1 on CPU, else all of a device's
     devices: int = 0  # devices used; 0: all
+    memory_gib: float = 0.0  # of clients' models and generators at a time; 0: all of them
     debug: bool = False  # plain Python loop over clients, the truth all modes are tested against
 
 

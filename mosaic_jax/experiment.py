@@ -53,6 +53,7 @@ def run(
       UserError: the directory holds another config or is in use, or a figure is not finite.
       Stopped: at the end of a block, after saving.
     """
+    federation = dataclasses.replace(federation, spill=workdir / "stacks")
     stages = methods.stages(federation.config.method, federation)
     hosts.on_first_host(lambda: claim(workdir, federation.config))
     with ExitStack() as until_the_end:

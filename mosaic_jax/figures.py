@@ -1,7 +1,7 @@
 """The figures of a work directory, as PNGs: classes, curves, generator health and samples."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -145,12 +145,13 @@ def _accuracy_curve(axis: "Axes", run: Run) -> None:
 
 def _generator_health(figure: "Figure", run: Run) -> None:
     """A line per client: the adversary's scores, the spread of the images, both losses."""
-    lines = run.of("generator_optimization")
-    steps = [line["block"] * run.block_steps("generator_optimization") for line in lines]
+    waves = _waves(run.of("generator_optimization"))
+    blocks = np.arange(1, len(waves[0]) + 1)
+    steps = blocks * run.block_steps("generator_optimization")
     figure.set_size_inches(11, 6)
     *panels, corner = figure.subplots(2, 3).flat
     for axis, (name, title) in zip(panels, HEALTH.items(), strict=True):
-        values = np.array([line[name] for line in lines])
+        values = np.hstack([[line[name] for line in wave] for wave in waves])
         for client, own in enumerate(values.T):
             look = (
                 {"label": f"client {client}"}
@@ -170,6 +171,15 @@ def _generator_health(figure: "Figure", run: Run) -> None:
     corner.legend(handles=named, loc="center", frameon=False)
     corner.axis("off")
     figure.suptitle(f"Generators of {values.shape[1]} clients; scores are their adversary's")
+
+
+def _waves(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The lines of clients that were trained together, as far as all of these have come."""
+    waves: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        waves.setdefault(str(line.get("clients")), []).append(line)
+    whole = max(map(len, waves.values()))
+    return [wave for wave in waves.values() if len(wave) == whole]
 
 
 def _generator_samples(figure: "Figure", run: Run) -> None:

@@ -86,6 +86,7 @@ MAY_BE_ZERO = {
     "local_update.clients_per_round",
     "generator_optimization.steps",
     "knowledge_distillation.steps",
+    "knowledge_distillation.generators_per_step",
     "fine_tuning.rounds",
     "generator_optimization.inversion_threshold",
     "generator_optimization.shift",

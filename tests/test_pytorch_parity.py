@@ -34,6 +34,7 @@ from mosaic_jax.data.clients import (  # noqa: E402
     uniform_batch,
 )
 from mosaic_jax.stages import (  # noqa: E402
+    client_generator,
     cohort,
     generator_ensemble,
     generator_optimization,
@@ -416,8 +417,7 @@ def test_generator_steps(federation, record, request):
         "learning_rate": jnp.float32(settings.learning_rate),
         "adversary_learning_rate": jnp.float32(settings.adversary_learning_rate),
         "loss_weights": {
-            name: jnp.float32(getattr(settings, name))
-            for name in generator_optimization.LOSS_WEIGHTS
+            name: jnp.float32(getattr(settings, name)) for name in client_generator.LOSS_WEIGHTS
         },
         "first_step": jnp.int32(0),
     }
@@ -443,7 +443,7 @@ def test_generator_steps(federation, record, request):
     key = jax.random.key(5)
     noise = [
         jax.random.normal(rng.fold(key, i), (settings.batch_size, settings.latent))
-        for i in range(generator_optimization.SETTLING)
+        for i in range(client_generator.SETTLING)
     ]
     upload = pair.upload(torch.from_numpy(np.array(noise)))
     expected = client.upload(carry | {"settled": jax.jit(client.settle)(carry, key)})
@@ -522,13 +522,17 @@ def test_meta_steps(make_federation, mixture, record, embedding):
     training, experts = meta_model.MetaTraining(federation), mixture[0]["experts"]
     generator, classes = np.random.default_rng(1), federation.dataset.num_classes
     count, width = len(mixture[1].experts), experts["params"]["head"]["kernel"].shape[1]
-    features = generator.standard_normal((3, count, classes, 2, width)).astype(np.float32)
-    valid = (generator.random((3, classes, 2)) < 0.7).astype(np.float32)
-    state = {"experts": experts, "prototypes": {"features": features, "valid": valid}}
+    features = generator.standard_normal((3, 2 * classes, count, width)).astype(np.float32)
+    prototypes = {
+        "features": features,
+        "labels": np.broadcast_to(np.arange(2 * classes) // 2, (3, 2 * classes)),
+        "valid": (generator.random((3, 2 * classes)) < 0.7).astype(np.float32),
+    }
+    state = {"experts": experts, "prototypes": prototypes}
     examples = meta_model.training_set(state)
     found = teacher.prototype_logits(
         mixture[1].experts,
-        torch.from_numpy(features).movedim(1, 0).flatten(1, 3),
+        torch.from_numpy(features).movedim(2, 0).flatten(1, 2),
         mixture[1].assignment,
     )
     record("prototypes", found, training.mix(examples["logits"]))
@@ -640,7 +644,7 @@ def trained_generator(federation, seed):
 
 
 def ensemble_noise(federation, key, images):
-    """The noise behind each image of `generator_ensemble.mixed_sampler`'s batch."""
+    """The noise behind each image of `generator_ensemble.Ensemble`'s batch."""
     latent = federation.config.generator_optimization.latent
     return [
         torch.from_numpy(

@@ -20,8 +20,8 @@ from mosaic_jax import settings as reader
 from mosaic_jax.data.clients import pack, to_float
 from mosaic_jax.data.partition import class_counts
 from mosaic_jax.models.layers import BatchNorm
-from mosaic_jax.stages import federation as federations
 from mosaic_jax.stages import (
+    client_generator,
     generator_ensemble,
     generator_losses,
     generator_optimization,
@@ -31,6 +31,7 @@ from mosaic_jax.stages import (
     prototypes,
     rounds,
 )
+from mosaic_jax.stages import federation as federations
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.types import Dataset
 
@@ -518,18 +519,24 @@ def test_identical_points_give_finite_centres():
 
 def test_prototypes_are_valid_for_the_classes_a_client_holds_and_no_others(states):
     valid = np.asarray(states["prototypes"]["prototypes"]["valid"])
+    labels = np.asarray(states["prototypes"]["prototypes"]["labels"])
     k = 3
     used = np.minimum(COUNTS, 12)
-    assert_same(valid.sum(-1) > 0, COUNTS > 0)
-    assert (valid.sum(-1) <= k).all()
-    assert (valid.sum(-1)[used >= k] >= 2).all()
-    assert (valid.sum(-1)[(used > 0) & (used < k)] == 1).all()
+    found = np.stack(
+        [np.bincount(own[ok > 0], minlength=10) for own, ok in zip(labels, valid, strict=True)]
+    )
+    assert_same(found > 0, COUNTS > 0)
+    assert (found <= k).all()
+    assert (found[used >= k] >= 2).all()
+    assert (found[(used > 0) & (used < k)] == 1).all()
+    assert (np.diff(valid, axis=1) <= 0).all()  # one after the other, without gaps
 
 
 def test_prototypes_are_means_of_each_experts_own_features(federation, states):
     """For every expert, the prototypes are its own features' means over one and the same split."""
     found = np.asarray(states["prototypes"]["prototypes"]["features"])
     valid = np.asarray(states["prototypes"]["prototypes"]["valid"])
+    of_class = np.asarray(states["prototypes"]["prototypes"]["labels"])
     experts = states["prototypes"]["experts"]
     features = jax.jit(
         jax.vmap(lambda model, images: federation.outputs(model, images).features, (0, None))
@@ -540,9 +547,9 @@ def test_prototypes_are_means_of_each_experts_own_features(federation, states):
         padded = np.resize(own, 12)
         alone = features(experts, to_float(federation.data["images"][padded]))[:, : len(own)]
         every = np.concatenate(list(alone), axis=-1)  # [images, experts * features]
-        k = int(valid[i, label].sum())
-        assert_same(valid[i, label], np.arange(3) < k)
-        centres = found[i, :, label, :k].transpose(1, 0, 2).reshape(k, -1)
+        own_slots = (of_class[i] == label) & (valid[i] > 0)
+        k = int(own_slots.sum())
+        centres = found[i, own_slots].reshape(k, -1)
         assert split_error(every, centres) < 1e-4
 
 
@@ -601,13 +608,16 @@ def toy_state(right, number, seed):
     shape = (1, CLASSES, number)  # clients, classes, prototypes
     guesses = generator.integers(0, CLASSES, (CLASSES, *shape))
     guesses[right] = np.arange(CLASSES)[None, :, None]
-    features = np.moveaxis(5 * np.eye(CLASSES)[guesses], 0, 1)
+    features = np.moveaxis(5 * np.eye(CLASSES)[guesses], 0, -2)  # [1, C, number, experts, d]
+    features = features.reshape(1, -1, *features.shape[3:])
     head = {"kernel": np.tile(np.eye(CLASSES), (CLASSES, 1, 1)), "bias": np.zeros((CLASSES,) * 2)}
     tree = {
         "experts": {"params": {"head": head}},
-        "prototypes": {"features": features, "valid": np.ones(shape)},
+        "prototypes": {"features": features, "valid": np.ones(features.shape[:2])},
     }
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+    state["prototypes"]["labels"] = jnp.repeat(jnp.arange(CLASSES), number)[None]
+    return state
 
 
 def train_meta(federation, state):
@@ -656,17 +666,18 @@ def test_only_valid_prototypes_train_the_meta_model(states):
     assert len(chosen) == valid.sum()
     assert set(chosen) == set(np.flatnonzero(valid.reshape(-1)))
     labels = np.asarray(examples["labels"])[chosen]
-    assert_same(np.bincount(labels, minlength=10), valid.sum((0, 2)).astype(int))
+    truth = np.asarray(states["prototypes"]["prototypes"]["labels"])[valid > 0]
+    assert_same(np.bincount(labels, minlength=10), np.bincount(truth, minlength=10))
 
 
 def test_logits_of_prototypes_are_those_of_the_experts_heads(states):
     state = states["prototypes"]
     examples = meta_model.training_set(state)
-    features = np.asarray(state["prototypes"]["features"])  # [clients, experts, classes, k, d]
+    features = np.asarray(state["prototypes"]["features"])  # [clients, slots, experts, d]
     head = jax.tree.map(np.asarray, state["experts"]["params"]["head"])
-    number = np.ravel_multi_index((1, 8, 2), (3, 10, 3))
+    number = np.ravel_multi_index((1, 2), features.shape[:2])
     for e in range(6):
-        expected = features[1, e, 8, 2] @ head["kernel"][e] + head["bias"][e]
+        expected = features[1, 2, e] @ head["kernel"][e] + head["bias"][e]
         np.testing.assert_allclose(examples["logits"][number, e], expected, atol=1e-4)
 
 
@@ -1010,7 +1021,7 @@ def test_the_uploads_running_statistics_are_those_of_its_own_weights(bench):
     carry = bench.run(2, steps=2)[0][-1]
     settled = bench.generator.settle(carry, KEY)
     expected = carry["generator"]["batch_stats"]
-    for number in range(generator_optimization.SETTLING):
+    for number in range(client_generator.SETTLING):
         z = jax.random.normal(jax.random.fold_in(KEY, number), (8, 8))
         own = {"params": bench.generator.averaged(carry), "batch_stats": expected}
         _, updated = bench.generator.generator.apply(own, z, train=True, mutable=["batch_stats"])
@@ -1025,19 +1036,20 @@ def test_the_uploads_running_statistics_are_those_of_its_own_weights(bench):
 def test_a_clients_images_do_not_depend_on_the_other_clients(federation, states):
     draw = jax.jit(generator_ensemble.sampler(federation, 4))
     generators = states["generator_optimization"]["generators"]
-    every = draw(generators, KEY)
+    numbers = jnp.arange(3)
+    every = draw(generators, KEY, numbers)
     assert every.shape == (3, 4, 16, 16, 1)
-    assert_same(draw(jax.tree.map(lambda leaf: leaf[:2], generators), KEY), every[:2])
+    assert_same(draw(jax.tree.map(lambda leaf: leaf[:2], generators), KEY, numbers[:2]), every[:2])
     others = jax.tree.map(lambda leaf: leaf.at[2].set(0), generators)
-    assert_same(draw(others, KEY)[:2], every[:2])
-    assert differ(draw(generators, jax.random.key(4)), every)
+    assert_same(draw(others, KEY, numbers)[:2], every[:2])
+    assert differ(draw(generators, jax.random.key(4), numbers), every)
 
 
 def test_equal_generators_draw_different_images(federation, states):
     """Each has a stream of its own, or the ensemble would show the same image N times."""
     generators = states["generator_optimization"]["generators"]
     equal = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), generators)
-    images = jax.jit(generator_ensemble.sampler(federation, 4))(equal, KEY)
+    images = jax.jit(generator_ensemble.sampler(federation, 4))(equal, KEY, jnp.arange(3))
     assert differ(images[0], images[1])
     assert len(np.unique(np.asarray(images).reshape(12, -1), axis=0)) == 12
 
@@ -1052,8 +1064,9 @@ def test_distillation_sees_each_generators_own_images_and_no_mixture(federation,
     kernel = params["colour"]["kernel"]
     params["colour"]["kernel"] = kernel + shades.reshape(3, 1, 1, 1, 1)
     constant = {"params": params, "batch_stats": generators["batch_stats"]}
-    source = knowledge_distillation.image_source(federation)
-    images = np.asarray(jax.jit(source)(constant, KEY))
+    student = knowledge_distillation.Student(federation)
+    inputs = {"source": {"generators": constant}, "key": KEY}
+    images = np.asarray(jax.jit(student.images)(inputs, 0)[0])
     assert images.shape == (3 * 4, 16, 16, 1)
     expected = np.tanh(4 * np.asarray(shades))  # four channels, each times the shade
     for image in images:
@@ -1095,13 +1108,14 @@ def test_the_student_is_taught_with_the_prior_of_each_images_own_client(make_fed
     )
     assert not knowledge_distillation.class_prior(plain).any()
     added = knowledge_distillation.class_prior(prior)
-    owners = generator_ensemble.mixed_clients(prior, 4)
-    assert_same(owners, np.repeat([0, 1, 2], [2, 5, 5]))
-    assert_same(added, generator_ensemble.log_class_prior(COUNTS)[owners])
+    assert_same(added, generator_ensemble.log_class_prior(COUNTS))
+    generators = states["generator_optimization"]["generators"]
+    student = knowledge_distillation.Student(prior)
+    drawn = student.images({"source": {"generators": generators}, "key": KEY}, 0)
+    assert_same(drawn[1], added[np.repeat([0, 1, 2], [2, 5, 5])])
     real = {"knowledge_distillation.class_prior": True, "knowledge_distillation.images": "real"}
-    assert not knowledge_distillation.class_prior(
-        unequal(make_federation, **SETTINGS, **real)
-    ).any()
+    oracle = knowledge_distillation.Student(unequal(make_federation, **SETTINGS, **real))
+    assert not oracle.images({"source": {"data": oracle.federation.data}, "key": KEY}, 0)[1].any()
     students = []
     for federation in (plain, prior):
         stage, state = knowledge_distillation.distil(federation), states["meta_model"]
@@ -1127,7 +1141,7 @@ def test_distillation_brings_the_student_to_the_teacher(federation, states, clas
     """The loss on images of its own falls; a stage that stood still or climbed would not pass."""
     before, after = states["generator_optimization"], states["knowledge_distillation"]
     draw = jax.jit(generator_ensemble.sampler(federation, 16))
-    images = draw(before["generators"], KEY).reshape(48, 16, 16, 1)
+    images = draw(before["generators"], KEY, jnp.arange(3)).reshape(48, 16, 16, 1)
     weights = {"kl_weight": 0.8, "ce_weight": 0.2, "js_weight": 1.0}
     losses = [
         knowledge_distillation.distillation_loss(

@@ -7,6 +7,7 @@ without knowing what it does. Between stages runs a `State`, a plain dict of nam
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ from mosaic_jax.config import Config
 from mosaic_jax.data import clients as client_data
 from mosaic_jax.data.partition import class_counts, local_test_shards, partition, split_validation
 from mosaic_jax.models import build_classifier, submodel
-from mosaic_jax.types import Array, Dataset, Outputs, PyTree, Variables
+from mosaic_jax.types import Array, Dataset, Outputs, PyTree, UserError, Variables
 
 State = dict[str, PyTree]
 Metrics = Mapping[str, Any]
@@ -92,6 +93,7 @@ class Federation:
       validation: images held out from the clients' data, as positions; may be empty.
       dataset: host copy; its test images are used for reporting only.
       local_shards: positions in the test set that follow each client's own class distribution.
+      spill: where stacks of clients go that `parallel.memory_gib` has no room for.
     """
 
     config: Config
@@ -105,6 +107,7 @@ class Federation:
     validation: np.ndarray
     dataset: Dataset
     local_shards: list[np.ndarray]
+    spill: Path | None = None
 
     @property
     def num_clients(self) -> int:
@@ -120,6 +123,24 @@ class Federation:
     def has_submodels(self) -> bool:
         """Whether some client holds less than the whole model."""
         return any(group.capacity < 1 for group in self.groups)
+
+    def at_a_time(self, bytes_each: int) -> int:
+        """Clients whose stacks of so many bytes each fit at a time: all, or a bounded number.
+
+        Raises:
+          UserError: not even one a device.
+        """
+        layout, count = self.config.parallel, self.num_clients
+        room, devices = int(layout.memory_gib * 2**30), self.mesh.size
+        if not room or count * bytes_each <= room:
+            return count
+        if room < devices * bytes_each:
+            raise UserError(
+                f"parallel.memory_gib = {layout.memory_gib:g} has no room for one client on each "
+                f"of {devices} device(s); {devices * bytes_each / 2**30:.2g} has"
+            )
+        waves = -(-count // (room // bytes_each // devices * devices))
+        return -(-count // (waves * devices)) * devices
 
     def map(self, function: Callable[[PyTree, PyTree], PyTree]) -> Callable[..., PyTree]:
         """`parallel.map_clients` with this run's layout."""

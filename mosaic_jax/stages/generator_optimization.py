@@ -1,270 +1,153 @@
 """Generator optimisation (paper, Figure 1b): each client trains a light generator of its own data.
 
-L_G = L_adv + w_e L_entropy + w_d L_diversity + [n_i < tau] w_i L_inversion, the last three on the
-frozen, eval-mode copy f0 of the client's model. The adversary is a DCGAN discriminator or, as in
-the paper, the local model itself with a real/fake head. The generator is uploaded once; nothing
-else of this stage leaves the client.
+The generator is uploaded once; nothing else of this stage leaves the client. All clients train at
+the same time or, where `parallel.memory_gib` has no room for that, in waves of neighbours, one to
+its end after the other, and the uploads lie in the work directory.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from mosaic_jax import parallel, rng
-from mosaic_jax.data.clients import crop_and_flip, to_float, uniform_batch
-from mosaic_jax.stages.adversary import Adversary
+from mosaic_jax import parallel, stacks
+from mosaic_jax.stages.client_generator import CARRY, LOSS_WEIGHTS, ClientGenerator
 from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
-from mosaic_jax.stages.generator_ensemble import build, sampler
-from mosaic_jax.stages.generator_losses import diversity_loss, entropy_loss, inversion_loss
-from mosaic_jax.types import Array, PyTree, Variables
+from mosaic_jax.stages.generator_ensemble import sampler
+from mosaic_jax.stages.model_aggregation import client_models
+from mosaic_jax.types import PyTree, UserError, Variables
 
 SAMPLES = 8
-"""Images of each client that are kept for the report."""
+"""Images of a client that are kept for the report."""
 
-SETTLING = 40
-"""Batches whose statistics the uploaded generator takes over: 0.9**40 = 1.5% is left of others."""
-
-CARRY = frozenset(
-    {
-        "generator",
-        "adversary",
-        "generator_optimizer",
-        "adversary_optimizer",
-        "average",
-        "settled",
-    }
-)
-"""What each client carries from step to step; all of it stays with the client but the upload."""
-
-LOSS_WEIGHTS = ("entropy_weight", "diversity_weight", "inversion_weight")
+SAMPLED_CLIENTS = 100
+"""Clients of which they are kept, the first."""
 
 
-class ClientGenerator:
-    """Start and steps of ONE client's generator; `client["frozen"]` is its own model, f0."""
+class Generators:
+    """All clients' generators, `block_steps` steps of each of a wave in one compiled call."""
 
     def __init__(self, federation: Federation):
-        self.federation = federation
-        self.settings = federation.config.generator_optimization
-        self.generator = build(federation)
-        self.adversary = Adversary(federation)
-        self.average = optax.ema(self.settings.ema, debias=False)
-        self.decay = optax.cosine_decay_schedule(1.0, self.settings.steps)
-
-    def optimizer(self, learning_rate: Array | float) -> optax.GradientTransformation:
-        """Adam with the stage's betas."""
-        return optax.adam(learning_rate, self.settings.beta1, self.settings.beta2)
-
-    def start(self, shared: PyTree, client: PyTree) -> PyTree:
-        """Fresh networks and optimisers."""
-        key = rng.fold(shared["key"], client["id"])
-        generator = self.generator.init(rng.fold(key, 1), jnp.zeros((2, self.settings.latent)))
-        adversary = self.adversary.init(rng.fold(key, 2), client["frozen"])
-        return {
-            "generator": generator,
-            "adversary": adversary,
-            "generator_optimizer": self.optimizer(0.0).init(generator["params"]),
-            "adversary_optimizer": self.optimizer(0.0).init(adversary["params"]),
-            "average": self.average.init(generator["params"]),
-            "settled": generator["batch_stats"],
+        self.federation, self.settings = federation, federation.config.generator_optimization
+        self.client = ClientGenerator(federation)
+        constants = {
+            "key": federation.key("generator_optimization"),
+            "learning_rate": np.float32(self.settings.learning_rate),
+            "adversary_learning_rate": np.float32(self.settings.adversary_learning_rate),
+            "loss_weights": {
+                name: np.float32(getattr(self.settings, name)) for name in LOSS_WEIGHTS
+            },
         }
+        self.shared = {"data": federation.data} | federation.place(constants)
+        self.size = federation.at_a_time(self.bytes_each())
+        self.waves = -(-federation.num_clients // self.size)
+        self.blocks = self.settings.steps // self.settings.block_steps
+        self.models = client_models(federation)
+        self.start_all = federation.jit(_spread(federation, federation.map(self.client.start)))
+        self.block_all = federation.jit(
+            _spread(federation, _paired(federation.map(self.client.block))), donate_argnums=2
+        )
+        self.upload_all = federation.jit(_spread(federation, jax.vmap(self.client.upload)))
 
-    def upload(self, carry: PyTree) -> Variables:
-        """What the client sends: the average weights, with batch statistics of their own."""
-        return {"params": self.averaged(carry), "batch_stats": carry["settled"]}
+    def bytes_each(self) -> int:
+        """Bytes that one client takes while it trains: its model and all that it carries."""
+        model = self.federation.shapes(self.federation.model)
+        one = jax.eval_shape(lambda clients: stacks.rows(clients, 0), self.federation.clients)
+        carry = jax.eval_shape(self.client.start, self.shared, one | {"frozen": model})
+        return num_bytes(model) + num_bytes(carry)
 
-    def averaged(self, carry: PyTree) -> PyTree:
-        """The weights' average, without their start."""
-        average = carry["average"]
-        return optax.tree.bias_correction(average.ema, self.settings.ema, average.count)
+    def members(self, wave: int) -> np.ndarray:
+        """The clients of a wave; the last wave is filled up with the last client."""
+        last = self.federation.num_clients - 1
+        return np.minimum(np.arange(wave * self.size, (wave + 1) * self.size), last)
 
-    def settle(self, carry: PyTree, key: Array) -> PyTree:
-        """Batch statistics of the average weights.
+    def lists(self, wave: int) -> PyTree:
+        """The packed lists of a wave's clients."""
+        if self.waves == 1:
+            return self.federation.clients
+        return stacks.rows(self.federation.clients, self.members(wave))
 
-        The running ones belong to the last weights, not to their average: with them a generator of
-        two classes draws nearly one.
+    def start(self, state: State, wave: int = 0) -> PyTree:
+        """What a wave of clients carries before its first step."""
+        frozen = self.models(state, self.members(wave))
+        carry = self.start_all(self.shared, self.lists(wave) | {"frozen": frozen})
+        return carry | ({} if self.waves == 1 else {"frozen": frozen})
+
+    def block(self, state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
+        """A block of a wave's steps; the wave's last one uploads."""
+        wave, number = divmod(index, self.blocks)
+        if wave and not number:
+            carry = self.start(state, wave)
+        own = {"frozen": carry["frozen"]} if self.waves > 1 else {}
+        frozen = own or {"frozen": state["clients"]}
+        first = np.int32(number * self.settings.block_steps)
+        shared = self.shared | {"first_step": self.federation.place(first)}
+        training = {name: part for name, part in carry.items() if name in CARRY}
+        after, metrics = self.block_all(shared, self.lists(wave) | frozen, training)
+        if self.waves > 1:
+            if number + 1 == self.blocks:
+                uploads = parallel.to_host(self.upload_all(after))
+                stacks.write(self.uploads(), wave * self.size, uploads)
+            clients = np.unique(self.members(wave))
+            metrics = {name: values[: len(clients)] for name, values in metrics.items()}
+            metrics |= {"clients": clients}
+        return after | own, metrics
+
+    def finish(self, state: State, carry: PyTree) -> State:
+        """Leaves "generators" [clients, ...] in the state."""
+        if self.waves > 1:
+            return state | {"generators": self.uploads()}
+        return state | {"generators": self.upload_all(carry)}
+
+    def upload(self) -> Variables:
+        """Shapes of what a client sends."""
+        z = jnp.zeros((1, self.settings.latent))
+        return cast(Variables, jax.eval_shape(self.client.generator.init, jax.random.key(0), z))
+
+    def uploads(self) -> PyTree:
+        """The uploads of all clients in the work directory.
+
+        Raises:
+          UserError: there is none, or several hosts would each have their own.
         """
-        params, settings = self.averaged(carry), self.settings
+        federation = self.federation
+        if federation.spill is None or jax.process_count() > 1:
+            raise UserError("parallel.memory_gib needs a work directory and a single host")
+        return stacks.create(federation.spill / "generators", self.upload(), federation.num_clients)
 
-        def one_batch(number: Array, statistics: PyTree) -> PyTree:
-            z = jax.random.normal(rng.fold(key, number), (settings.batch_size, settings.latent))
-            variables = {"params": params, "batch_stats": statistics}
-            _, updated = self.generator.apply(variables, z, train=True, mutable=["batch_stats"])
-            return updated["batch_stats"]
-
-        return jax.lax.fori_loop(0, SETTLING, one_batch, carry["generator"]["batch_stats"])
-
-    def block(self, shared: PyTree, pair: PyTree) -> tuple[PyTree, dict[str, Array]]:
-        """`block_steps` steps of a (client, carry) pair; mean health. The last block settles."""
-        client, carry = pair
-        numbers = shared["first_step"] + jnp.arange(self.settings.block_steps)
-        carry, health = jax.lax.scan(
-            lambda carry, number: self.step(shared, client, carry, number), carry, numbers
-        )
-        key = rng.fold(shared["key"], client["id"], numbers[-1], 6)
-        is_last = numbers[-1] + 1 == self.settings.steps
-        settled = jax.lax.cond(is_last, lambda: self.settle(carry, key), lambda: carry["settled"])
-        return carry | {"settled": settled}, jax.tree.map(jnp.mean, health)
-
-    def step(
-        self, shared: PyTree, client: PyTree, carry: PyTree, number: Array
-    ) -> tuple[PyTree, dict[str, Array]]:
-        """One adversary step and one generator step on the same generated batch.
-
-        Both learning rates fall to 0 along a cosine over the stage's steps.
-        """
-        settings = self.settings
-        key = rng.fold(shared["key"], client["id"], number)
-        z = jax.random.normal(rng.fold(key, 3), (settings.batch_size, settings.latent))
-
-        def generate(params: PyTree) -> tuple[Array, PyTree]:
-            variables = {**carry["generator"], "params": params}
-            return self.generator.apply(variables, z, train=True, mutable=["batch_stats"])
-
-        fake, pull_back, updated = jax.vjp(generate, carry["generator"]["params"], has_aux=True)
-        adversary_carry, health = self._adversary_step(shared, client, carry, fake, number, key)
-        adversary, augmentation = adversary_carry["adversary"], rng.fold(key, 5)
-        loss, towards = jax.value_and_grad(self._adversarial_loss)(fake, adversary, augmentation)
-        of_frozen, towards_frozen = self._lazy_frozen_loss(shared, client, fake, number)
-        rate = shared["learning_rate"] * self.decay(number)
-        updates, optimizer = self.optimizer(rate).update(
-            pull_back(towards + towards_frozen)[0], carry["generator_optimizer"]
-        )
-        params = optax.apply_updates(carry["generator"]["params"], updates)
-        _, average = self.average.update(params, carry["average"])
-        health |= {"generator_loss": loss + of_frozen, "spread": fake.std(axis=0).mean()}
-        return adversary_carry | {
-            "generator": {"params": params, "batch_stats": updated["batch_stats"]},
-            "generator_optimizer": optimizer,
-            "average": average,
-            "settled": carry["settled"],
-        }, health
-
-    def _adversary_step(
-        self,
-        shared: PyTree,
-        client: PyTree,
-        carry: PyTree,
-        fake: Array,
-        number: Array,
-        key: Array,
-    ) -> tuple[PyTree, dict[str, Array]]:
-        """The adversary and its optimiser after one step, and its scores."""
-        positions = uniform_batch(client, rng.fold(key, 4), self.settings.batch_size)
-        real = to_float(shared["data"]["images"][positions])
-        labels = shared["data"]["labels"][positions]
-        params, statistics = carry["adversary"]["params"], carry["adversary"].get("batch_stats", {})
-        real, fake = (self.augment(images, rng.fold(key, 5)) for images in (real, fake))
-        (loss, health), gradient = jax.value_and_grad(self.adversary.loss, has_aux=True)(
-            params, statistics, real, fake, labels
-        )
-        rate = shared["adversary_learning_rate"] * self.decay(number)
-        updates, optimizer = self.optimizer(rate).update(gradient, carry["adversary_optimizer"])
-        adversary = {**carry["adversary"], "params": optax.apply_updates(params, updates)}
-        return (
-            {"adversary": adversary, "adversary_optimizer": optimizer},
-            health | {"adversary_loss": loss},
-        )
-
-    def _adversarial_loss(self, fake: Array, adversary: Variables, key: Array) -> Array:
-        verdict, _ = self.adversary.logits(
-            adversary["params"], adversary.get("batch_stats", {}), self.augment(fake, key)
-        )
-        return jax.nn.softplus(-verdict).mean()
-
-    def _lazy_frozen_loss(
-        self, shared: PyTree, client: PyTree, fake: Array, number: Array
-    ) -> tuple[Array, Array]:
-        """`_frozen_loss` and its gradient in every `frozen_every`-th step, so many times as large.
-
-        A step through f0 costs nearly as much as the rest of a step. (Karras et al. 2020, lazy
-        regularisation.)
-        """
-        every, weights = self.settings.frozen_every, shared["loss_weights"]
-
-        def active() -> tuple[Array, Array]:
-            loss, towards = jax.value_and_grad(self._frozen_loss)(fake, client, weights)
-            return every * loss, every * towards
-
-        return jax.lax.cond(
-            number % every == 0, active, lambda: (jnp.zeros(()), jnp.zeros_like(fake))
-        )
-
-    def _frozen_loss(self, fake: Array, client: PyTree, weights: PyTree) -> Array:
-        """The part of L_G that looks at f0; nothing is computed for losses that are off."""
-        settings, frozen, loss = self.settings, client["frozen"], jnp.zeros(())
-        if settings.entropy_weight or settings.diversity_weight:
-            logits = self.federation.outputs(frozen, fake).logits
-            loss += weights["entropy_weight"] * entropy_loss(logits)
-            loss += weights["diversity_weight"] * diversity_loss(logits)
-        if settings.inversion_threshold and settings.inversion_weight:
-            is_small = client["size"] < settings.inversion_threshold
-            weight = jnp.where(is_small, weights["inversion_weight"], 0.0)
-            loss += weight * inversion_loss(self.federation.model, frozen, fake)
-        return loss
-
-    def augment(self, images: Array, key: Array) -> Array:
-        """The same random shift and brightness on real and generated batches (DiffAugment)."""
-        shifted = crop_and_flip(images, rng.fold(key, 0), self.settings.shift, flip=False)
-        change = jax.random.uniform(rng.fold(key, 1), (len(images), 1, 1, 1), minval=-1.0)
-        return shifted + self.settings.brightness * change
+    def samples(self, state: State) -> dict[str, np.ndarray]:
+        """Some generated and some real images of the first clients, for the eye."""
+        federation = self.federation
+        clients = np.arange(min(SAMPLED_CLIENTS, federation.num_clients))
+        chosen = state["generators"]
+        if len(clients) < federation.num_clients:
+            chosen = federation.place(stacks.rows(chosen, clients))
+        numbers = federation.place({"key": federation.key("samples"), "clients": clients})
+        draw = federation.jit(sampler(federation, SAMPLES))
+        images = parallel.to_host(draw(chosen, numbers["key"], numbers["clients"]))
+        real = np.stack([np.resize(federation.indices[client], SAMPLES) for client in clients])
+        return {
+            "generated": np.rint((images + 1) * 127.5).astype(np.uint8),
+            "real": federation.dataset.train_images[real],
+        }
 
 
 def train(federation: Federation) -> Stage:
-    """All clients' generators, `block_steps` steps of each in one compiled call."""
-    settings, client = federation.config.generator_optimization, ClientGenerator(federation)
-    constants = {
-        "key": federation.key("generator_optimization"),
-        "learning_rate": np.float32(settings.learning_rate),
-        "adversary_learning_rate": np.float32(settings.adversary_learning_rate),
-        "loss_weights": {name: np.float32(getattr(settings, name)) for name in LOSS_WEIGHTS},
-    }
-    shared = {"data": federation.data} | federation.place(constants)
-
-    start_all = federation.jit(_spread(federation, federation.map(client.start)))
-    block_all = federation.jit(
-        _spread(federation, _paired(federation.map(client.block))), donate_argnums=2
-    )
-    upload_all = federation.jit(_spread(federation, jax.vmap(client.upload)))
-
-    def clients(state: State) -> PyTree:
-        return federation.clients | {"frozen": state["clients"]}
-
-    def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
-        first = {"first_step": federation.place(np.int32(index * settings.block_steps))}
-        return block_all(shared | first, clients(state), carry)
-
-    z = jnp.zeros((1, settings.latent))
-    upload = jax.eval_shape(client.generator.init, jax.random.key(0), z)
+    """The whole stage."""
+    generators = Generators(federation)
     return Stage(
         name="generator_optimization",
-        blocks=settings.steps // settings.block_steps,
-        start=lambda state: start_all(shared, clients(state)),
-        block=block,
-        finish=lambda state, carry: state | {"generators": upload_all(carry)},
-        samples=_samples(federation),
-        stacks=CARRY,
-        client_steps=settings.block_steps * federation.num_clients,
-        upload=num_bytes(upload),
+        blocks=generators.waves * generators.blocks,
+        start=generators.start,
+        block=generators.block,
+        finish=generators.finish,
+        samples=generators.samples,
+        stacks=CARRY | {"frozen"},
+        client_steps=generators.settings.block_steps * generators.size,
+        upload=num_bytes(generators.upload()),
     )
-
-
-def _samples(federation: Federation) -> Callable[[State], dict[str, np.ndarray]]:
-    """Some generated and some real images of each client, for the eye."""
-    draw = federation.jit(sampler(federation, SAMPLES))
-
-    def samples(state: State) -> dict[str, np.ndarray]:
-        key = federation.place(federation.key("samples"))
-        images = parallel.to_host(draw(state["generators"], key))
-        chosen = np.stack([np.resize(indices, SAMPLES) for indices in federation.indices])
-        return {
-            "generated": np.rint((images + 1) * 127.5).astype(np.uint8),
-            "real": federation.dataset.train_images[chosen],
-        }
-
-    return samples
 
 
 def _spread(federation: Federation, function: Callable[..., PyTree]) -> Callable[..., PyTree]:

@@ -6,7 +6,6 @@ kl_weight KL(t || s) + ce_weight CE(argmax t, s) + js_weight JS(t, s).
 """
 
 import logging
-from collections.abc import Callable
 from typing import cast
 
 import jax
@@ -16,12 +15,12 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mosaic_jax import rng
+from mosaic_jax import rng, stacks
 from mosaic_jax.data.clients import crop_and_flip, to_float
 from mosaic_jax.parallel import AXIS
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.federation import Federation, Metrics, Stage, State
-from mosaic_jax.stages.generator_ensemble import log_class_prior, mixed_clients, mixed_sampler
+from mosaic_jax.stages.generator_ensemble import Ensemble, log_class_prior
 from mosaic_jax.stages.generator_losses import diversity_loss
 from mosaic_jax.stages.meta_model import teacher_logits
 from mosaic_jax.types import Array, PyTree, Variables
@@ -60,8 +59,9 @@ class Student:
     def __init__(self, federation: Federation):
         self.federation, self.settings = federation, federation.config.knowledge_distillation
         self.teacher = teacher_logits(federation)
-        self.draw = image_source(federation)
-        self.prior = class_prior(federation)
+        self.ensemble = Ensemble(federation, self.settings.images_per_generator)
+        self.log_prior = class_prior(federation)
+        self.chosen = federation.jit(jax.vmap(self.ensemble.chosen))
         self.optimizer = optax.scale_by_adam()
         self.schedule = optax.cosine_decay_schedule(1.0, self.settings.steps)
         self.over_devices = NamedSharding(federation.mesh, P(AXIS))
@@ -70,9 +70,9 @@ class Student:
         """The student is at first the global model."""
         return {"student": student, "optimizer": self.optimizer.init(student["params"])}
 
-    def steps(self, carry: PyTree, inputs: PyTree, first: Array) -> tuple[PyTree, PyTree]:
-        """A block of steps from number `first` on; mean metrics."""
-        numbers = first + jnp.arange(self.settings.block_steps)
+    def steps(self, carry: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
+        """A block of steps from number "first" on; mean metrics."""
+        numbers = inputs["first"] + jnp.arange(self.settings.block_steps)
         carry, metrics = jax.lax.scan(lambda c, n: self.step(c, n, inputs), carry, numbers)
         return carry, jax.tree.map(jnp.mean, metrics)
 
@@ -82,12 +82,13 @@ class Student:
         Args:
           carry: of `start`.
           number: the step's number in the stage.
-          inputs: "teacher", "source" of images, loss "weights", "learning_rate" and "key".
+          inputs: "teacher", "source" of images (see `source`), loss "weights", "learning_rate",
+            "key", and the block's "first" step.
         """
         student = carry["student"]
-        images = self.draw(inputs["source"], rng.fold(inputs["key"], number))
+        images, prior = self.images(inputs, number)
         images = jax.lax.with_sharding_constraint(images, self.over_devices)  # data-parallel
-        target = self.teacher(inputs["teacher"], images) + self.prior
+        target = self.teacher(inputs["teacher"], images) + prior
         (value, (statistics, agreement)), gradient = jax.value_and_grad(self.loss, has_aux=True)(
             student["params"], student["batch_stats"], images, target, inputs["weights"]
         )
@@ -102,6 +103,40 @@ class Student:
             "teacher_certainty": jax.nn.softmax(target).max(axis=-1).mean(),
             "teacher_classes": jnp.exp(-diversity_loss(target)),
         }
+
+    def source(self, state: State, key: Array, first: int) -> PyTree:
+        """Where a block's images come from: "generators" of all clients, those "drawn" for it
+        [steps, blocks, ...], if they lie on disk, or the real "data" of the oracle."""
+        if self.settings.images == "real":
+            return {"data": self.federation.data}
+        generators = state["generators"]
+        if not stacks.on_disk(generators):
+            return {"generators": generators}
+        numbers = np.arange(first, first + self.settings.block_steps)
+        clients = np.asarray(self.chosen(jax.vmap(lambda number: rng.fold(key, number))(numbers)))
+        return {"drawn": self.federation.place(stacks.rows(generators, clients))}
+
+    def images(self, inputs: PyTree, number: Array) -> tuple[Array, Array]:
+        """A step's images [batch, h, w, c] and what is added to the teacher's logits on them."""
+        source, key = inputs["source"], rng.fold(inputs["key"], number)
+        if "data" in source:
+            return self.real_images(source["data"], key), jnp.zeros((1, self.log_prior.shape[1]))
+        clients = self.ensemble.chosen(key)
+        if "drawn" in source:
+            place = number - inputs["first"]
+            generators = jax.tree.map(lambda leaf: leaf[place], source["drawn"])
+        else:
+            generators = self.ensemble.of(source["generators"], clients)
+        prior = jnp.asarray(self.log_prior)[clients][self.ensemble.block]
+        return self.ensemble.draw(generators, clients, key), prior
+
+    def real_images(self, data: PyTree, key: Array) -> Array:
+        """As many of the clients' own images: the oracle's."""
+        positions = jnp.asarray(np.concatenate(self.federation.indices))
+        augment, batch = self.federation.config.data, len(self.ensemble.block)
+        chosen = jax.random.choice(rng.fold(key, 0), positions, (batch,))
+        images = to_float(data["images"][chosen])
+        return crop_and_flip(images, rng.fold(key, 1), augment.crop_padding, augment.flip)
 
     def loss(
         self, params: PyTree, statistics: PyTree, images: Array, target: Array, weights: PyTree
@@ -133,12 +168,13 @@ def distil(federation: Federation) -> Stage:
     )
 
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
+        first = index * settings.block_steps
         inputs = constants | {
             "teacher": {"experts": state["experts"], "meta": state["meta"]},
-            "source": federation.data if settings.images == "real" else state["generators"],
+            "source": student.source(state, constants["key"], first),
+            "first": federation.place(np.int32(first)),
         }
-        first = federation.place(np.int32(index * settings.block_steps))
-        return cast(tuple[PyTree, PyTree], steps(carry, inputs, first))
+        return cast(tuple[PyTree, PyTree], steps(carry, inputs))
 
     return Stage(
         name="knowledge_distillation",
@@ -162,28 +198,12 @@ def inspect(metrics: Metrics) -> None:
 
 
 def class_prior(federation: Federation) -> np.ndarray:
-    """What is added to the teacher's logits: [batch, classes], or zeros [1, classes].
+    """What is added to the teacher's logits on each client's images, [clients, classes]; maybe 0.
 
     The teacher learnt on prototypes, evenly from all classes. By Bayes' rule its answer to an image
     of one client's generator is that answer times the client's class shares. (Not in the paper.)
     """
     settings, counts = federation.config.knowledge_distillation, federation.counts
-    if not settings.class_prior or settings.images == "real":
-        return np.zeros((1, counts.shape[1]), np.float32)
-    return log_class_prior(counts)[mixed_clients(federation, settings.images_per_generator)]
-
-
-def image_source(federation: Federation) -> Callable[[PyTree, Array], Array]:
-    """`(source, key) -> images [batch, h, w, c]`: the generators, or the oracle's real images."""
-    settings, augment = federation.config.knowledge_distillation, federation.config.data
-    if settings.images == "generated":
-        return mixed_sampler(federation, settings.images_per_generator)
-    positions = jnp.asarray(np.concatenate(federation.indices))
-    batch = settings.images_per_generator * federation.num_clients
-
-    def real(data: PyTree, key: Array) -> Array:
-        chosen = jax.random.choice(rng.fold(key, 0), positions, (batch,))
-        images = to_float(data["images"][chosen])
-        return crop_and_flip(images, rng.fold(key, 1), augment.crop_padding, augment.flip)
-
-    return real
+    if not settings.class_prior:
+        return np.zeros(counts.shape, np.float32)
+    return log_class_prior(counts)

@@ -85,14 +85,13 @@ def training_set(state: State) -> PyTree:
       "logits" of the members [examples, members, classes], "labels" [examples], and, packed like a
       client's images, "index" with the valid examples first and their number "size".
     """
-    features = jnp.moveaxis(state["prototypes"]["features"], 1, -2)  # [N, C, k, members, d]
+    prototypes = state["prototypes"]
     heads = jax.vmap(head_logits, in_axes=(0, -2), out_axes=-2)
-    logits = heads(state["experts"]["params"], features)
-    labels = jnp.broadcast_to(jnp.arange(features.shape[1])[None, :, None], features.shape[:3])
-    valid = state["prototypes"]["valid"].reshape(-1) > 0
+    logits = heads(state["experts"]["params"], prototypes["features"])
+    valid = prototypes["valid"].reshape(-1) > 0
     return {
-        "logits": logits.reshape(-1, *logits.shape[3:]),
-        "labels": labels.reshape(-1),
+        "logits": logits.reshape(-1, *logits.shape[2:]),
+        "labels": prototypes["labels"].reshape(-1),
         "index": jnp.argsort(~valid, stable=True),
         "size": valid.sum().astype(jnp.int32),
     }

@@ -14,19 +14,21 @@ than the narrow ones (`docs/decisions.md`).
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mosaic_jax.parallel import in_blocks
+from mosaic_jax.stacks import rows
 from mosaic_jax.stages import calibration
 from mosaic_jax.stages.cohort import cohort_of, round_bytes, size_weights
 from mosaic_jax.stages.evaluation import evaluator
-from mosaic_jax.stages.federation import Federation, Stage, State
+from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
 from mosaic_jax.stages.local_update import ClientUpdate
-from mosaic_jax.stages.round import round_function, shared_numbers
-from mosaic_jax.types import Array, PyTree, Variables
+from mosaic_jax.stages.round import OneClient, round_function, shared_numbers
+from mosaic_jax.types import Array, PyTree, UserError, Variables
 
 
 def expert_weights(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -55,21 +57,17 @@ def averages_parameters(federation: Federation) -> bool:
 def form_experts(federation: Federation) -> Stage:
     """One more round, of all clients, that gives the experts and the next global model.
 
-    Leaves in the state "global", "experts" [members, ...] and "clients" [clients, ...]: a client's
-    own model stays with it and is the frozen classifier of its generator optimisation.
+    Leaves in the state "global", "experts" [members, ...] and "clients" [clients, ...] or, if
+    these have no room, the model that the clients "received", see `client_models`.
     """
-    config, counts = federation.config, federation.counts
-    settings, everyone = config.model_aggregation, np.arange(federation.num_clients)
-    run_round = round_function(federation, ClientUpdate(federation, settings.steps), keep=True)
-    weights, stitched = size_weights(federation), averages_parameters(federation)
+    settings, counts = federation.config.model_aggregation, federation.counts
+    update, shared = _last_update(federation)
+    kept, stitched = keeps_clients(federation), averages_parameters(federation)
+    run_round = round_function(federation, update, keep=kept)
+    weights = size_weights(federation)
     if stitched:
         weights = np.concatenate([weights, expert_weights(counts)[0].T], axis=1)
-    cohort = cohort_of(federation, everyone, weights)
-    numbers = shared_numbers(
-        federation, settings.steps, settings.learning_rate, 0, config.local_update.rounds
-    )
-    key = federation.place(federation.key("model_aggregation"))
-    shared = {"data": federation.data, "key": key} | numbers
+    cohort = cohort_of(federation, np.arange(federation.num_clients), weights)
     evaluate = evaluator(federation)
     calibrate, part = calibration.calibrator(federation), federation.has_submodels
 
@@ -78,13 +76,15 @@ def form_experts(federation: Federation) -> Stage:
         first, others = result["carry"]["global"], result["others"]
         if part:
             first, others = calibrate(jax.block_until_ready(first), others, shared, cohort)
-        models = {"global": first, "clients": result["clients"], "experts": others}
-        if not stitched:
-            del models["experts"]
-        return models, result["metrics"]
+        models = {"global": first} | ({"clients": result["clients"]} if kept else {})
+        return models | ({"experts": others} if stitched else {}), result["metrics"]
 
     def start(state: State) -> PyTree:
         return {"global": state["global"]}
+
+    def finish(state: State, carry: PyTree) -> State:
+        own = {} if kept else {"received": state["global"]}
+        return state | own | ({} if stitched else {"experts": carry["clients"]}) | carry
 
     down, up = round_bytes(federation, np.ones(federation.num_clients))
     whole, statistics = (weights.shape[1] * n for n in calibration.model_bytes(federation))
@@ -93,7 +93,7 @@ def form_experts(federation: Federation) -> Stage:
         blocks=1,
         start=lambda state: federation.empty(lambda carry: run(carry)[0], start(state)),
         block=lambda state, carry, index: run(federation.fresh(start(state))),
-        finish=lambda state, carry: state | {"experts": carry["clients"]} | carry,
+        finish=finish,
         evaluate=lambda state: {
             f"global_{name}": value for name, value in evaluate(state["global"]).items()
         },
@@ -102,6 +102,61 @@ def form_experts(federation: Federation) -> Stage:
         upload=up + statistics + 4 * counts.shape[1],
         stacks=frozenset({"clients", "experts"}),
     )
+
+
+def _last_update(federation: Federation) -> tuple[ClientUpdate, PyTree]:
+    """What a client does in this round, and what all are given beside the model."""
+    config = federation.config
+    settings = config.model_aggregation
+    numbers = shared_numbers(
+        federation, settings.steps, settings.learning_rate, 0, config.local_update.rounds
+    )
+    key = federation.place(federation.key("model_aggregation"))
+    shared = {"data": federation.data, "key": key} | numbers
+    return ClientUpdate(federation, settings.steps), shared
+
+
+def keeps_clients(federation: Federation) -> bool:
+    """Whether all clients' models outlive the round.
+
+    Raises:
+      UserError: they have no room, but cannot be done without.
+    """
+    size = num_bytes(federation.shapes(federation.model))
+    if federation.at_a_time(size) == federation.num_clients:
+        return True
+    if federation.has_submodels or not averages_parameters(federation):
+        raise UserError(
+            f"parallel.memory_gib = {federation.config.parallel.memory_gib:g} has no room for the "
+            f"models of all clients, {federation.num_clients * size / 2**30:.2g} GiB, which "
+            "sub-models and model_aggregation.expert_mode = 'logits' need"
+        )
+    return False
+
+
+def client_models(federation: Federation) -> Callable[[State, np.ndarray], Variables]:
+    """`(state, clients [n]) -> their models after the round, [n, ...]`; n clients or all.
+
+    Those that were not kept are trained once more: a few steps, of a seed, beside the thousands of
+    their generators.
+    """
+    if keeps_clients(federation):
+        return lambda state, clients: (
+            state["clients"]
+            if len(clients) == federation.num_clients
+            else rows(state["clients"], clients)
+        )
+    update, shared = _last_update(federation)
+    [group] = federation.groups
+    one = OneClient(update, group, federation.config.submodel.scheme, keep=True)
+    mapped = federation.map(lambda shared, client: one(shared, client)[1]["clients"])
+    train = federation.jit(lambda shared, clients: federation.spread(mapped(shared, clients)))
+
+    def trained(state: State, clients: np.ndarray) -> Variables:
+        received = {"variables": state["received"]}
+        return cast(Variables, train(shared | received, rows(federation.clients, clients)))
+
+    return trained
 
 
 def member_logits(federation: Federation) -> Callable[[Variables, Array], Array]:

@@ -101,25 +101,50 @@ def client_prototypes(federation: Federation, shared: PyTree, client: PyTree) ->
       client: packed list of the images it may use.
 
     Returns:
-      "features" [members, classes, k, d] and "valid" [classes, k], 0 where there is no prototype.
+      "features" [slots, members, d], the prototypes of its classes one after the other, their
+      "labels" [slots] and "valid" [slots], 0 where there is no prototype.
     """
-    settings = federation.config.prototypes
+    settings, slots = federation.config.prototypes, _slots(federation)
     features = _features(federation, shared, client)  # [1 + members, capacity, d]
     labels = shared["data"]["labels"][client["index"]]
     real = jnp.arange(labels.shape[0]) < client["size"]
     classes = jnp.arange(federation.dataset.num_classes)
     key = rng.fold(shared["key"], client["id"])
 
-    def one_class(label: Array) -> tuple[Array, Array]:
+    def one_class(label: Array) -> Array:
         weights = ((labels == label) & real).astype(jnp.float32)
         members, _ = kmeans(
             features[0], weights, rng.fold(key, label), settings.per_class, settings.iterations
         )
-        means = jax.vmap(lambda points: _means(members, points))(features[1:])
-        return means, (members.sum(axis=0) > 0).astype(jnp.float32)
+        return members
 
-    means, valid = jax.vmap(one_class)(classes)
-    return {"features": jnp.swapaxes(means, 0, 1), "valid": valid}
+    members = jnp.moveaxis(jax.vmap(one_class)(classes), 0, 1)  # [capacity, classes, k]
+    members = members.reshape(len(labels), -1)
+    is_empty = members.sum(axis=0) == 0
+    order = jnp.argsort(is_empty, stable=True)[:slots]
+    means = jax.lax.map(lambda points: _means(members[:, order], points), features[1:])
+    return {
+        "features": jnp.swapaxes(means, 0, 1),
+        "labels": order // settings.per_class,
+        "valid": (~is_empty[order]).astype(jnp.float32),
+    }
+
+
+def _slots(federation: Federation) -> int:
+    """Room for the prototypes of the client with most of them, rounded up to a power of two.
+
+    Room for k of every class would be empty for nearly all classes of nearly all clients.
+    """
+    most = int(_centres(federation).sum(axis=1).max())
+    settings, classes = federation.config.prototypes, federation.dataset.num_classes
+    return min(1 << (most - 1).bit_length(), classes * settings.per_class)
+
+
+def _centres(federation: Federation) -> np.ndarray:
+    """Prototypes of each class that each client can have, int [clients, classes]."""
+    settings = federation.config.prototypes
+    used = np.minimum(federation.counts, settings.images_per_class)
+    return (used > 0) * np.where(used < settings.per_class, 1, settings.per_class)
 
 
 def _features(federation: Federation, shared: PyTree, client: PyTree) -> Array:
@@ -161,7 +186,7 @@ def collect(federation: Federation) -> Stage:
 
     def all_clients(shared: PyTree, clients: PyTree) -> tuple[PyTree, PyTree]:
         prototypes = federation.spread(mapped(shared, clients))
-        return prototypes, {"prototypes": prototypes["valid"].sum((1, 2))}
+        return prototypes, {"prototypes": prototypes["valid"].sum(axis=1)}
 
     compiled = federation.jit(all_clients)
     key = federation.place(federation.key("prototypes"))
@@ -180,7 +205,7 @@ def collect(federation: Federation) -> Stage:
         finish=lambda state, carry: state | {"prototypes": carry},
         download=download,
         upload=upload,
-        stacks=frozenset({"features", "valid"}),
+        stacks=frozenset({"features", "labels", "valid"}),
     )
 
 
@@ -214,9 +239,7 @@ def _traffic(federation: Federation) -> tuple[np.ndarray, np.ndarray]:
             len(group.members) * _feature_width(federation, group.model)
             for group in federation.groups
         )
-    used = np.minimum(counts, settings.images_per_class)
-    centres = (used > 0) * np.where(used < settings.per_class, 1, settings.per_class)
-    return np.full(len(counts), download), 4 * features * centres.sum(axis=1)
+    return np.full(len(counts), download), 4 * features * _centres(federation).sum(axis=1)
 
 
 def _feature_width(federation: Federation, model: nn.Module) -> int:

@@ -1,0 +1,281 @@
+"""Runs jobs several at a time, each a process that can be killed and started again.
+
+A job is a command that resumes what it has begun in its `--workdir`. Beside that directory lie
+`NAME.log`, all that its starts have said, and `NAME.json`: status, starts and ends, seconds and the
+largest resident set. What fails is started again, and never takes the others along. An engine
+carries one job out: `Local` on this machine, `Submitit` through a scheduler.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mosaic_jax.main import TERMINATED, USER_ERROR
+
+LOST = 1
+"""Status of a job whose engine could not start it, or lost it."""
+
+PAUSE = 10.0
+"""Seconds before a job is tried again whose directory another program works in."""
+
+TIME_LIMIT = 240
+"""Minutes a scheduler is asked for, where the user does not say."""
+
+SHIELD = ("sh", "-c", 'trap "" INT USR2; exec "$@"', "sh")
+"""Starts a command that ignores Ctrl-C, which a terminal sends to all processes, and the warning
+that SLURM sends to all of a job: it is SIGTERM, which makes a run save, that is passed on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that resumes, without its `--workdir`; that is `root/name`."""
+
+    name: str
+    root: Path
+    command: tuple[str, ...]
+
+    @property
+    def workdir(self) -> Path:
+        """Directory of the run."""
+        return self.root / self.name
+
+    def log(self, task: int = 0) -> Path:
+        """What a task has said; jobs of several tasks have a log each."""
+        return self.root / f"{self.name}{f'.{task}' if task else ''}.log"
+
+    def record(self) -> dict[str, Any]:
+        """What is known of the job's starts; empty before the first."""
+        try:
+            return dict(json.loads((self.root / f"{self.name}.json").read_text()))
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def has_ended(self) -> bool:
+        """Whether this very command ran to its end; another must be refused by the run itself."""
+        record = self.record()
+        whole = (self.workdir / "summary.json").exists()
+        return whole and record.get("status") == 0 and record.get("command") == list(self.command)
+
+    def last_line(self) -> str:
+        """The end of the log, where an error is one line."""
+        try:
+            lines = self.log().read_bytes()[-4096:].decode(errors="replace").split("\n")
+        except OSError:
+            return ""
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+    def is_refused(self, status: int) -> bool:
+        """Whether a start ended because another program works in the directory."""
+        return status == USER_ERROR and "another program is running in" in self.last_line()
+
+    def __call__(self, processes: set[int] | None = None) -> int:
+        """Start it and wait; returns its status, minus the number of a signal that ended it.
+
+        Args:
+          processes: has the process's number in it while it runs.
+        """
+        task = int(os.environ.get("SLURM_PROCID", "0"))
+        if task == 0:
+            self._note(status="running", command=list(self.command), starts=1)
+        begin = time.monotonic()
+        with self.log(task).open("ab") as log:
+            process = subprocess.Popen(
+                [*SHIELD, *self.command, f"--workdir={self.workdir}"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        processes = set() if processes is None else processes
+        processes.add(process.pid)
+        try:
+            end = os.wait4(process.pid, 0)
+        except BaseException:  # a scheduler's time is over: the run saves and ends before this does
+            os.kill(process.pid, signal.SIGTERM)
+            self._note_end(task, os.wait4(process.pid, 0), begin)
+            raise
+        finally:
+            processes.discard(process.pid)
+            process.returncode = 0  # waited for, which it cannot know
+        return self._note_end(task, end, begin)
+
+    def _note_end(self, task: int, end: tuple[int, int, Any], begin: float) -> int:
+        status = os.waitstatus_to_exitcode(end[1])
+        if task == 0 and self.is_refused(status):  # the record is that of the other program's start
+            self._note(starts=-1)
+        elif task == 0:
+            # No process has less than the one that started it had, but that computes nothing.
+            peak = max(self.record().get("peak_bytes", 0), end[2].ru_maxrss * 1024)
+            seconds = time.monotonic() - begin
+            self._note(status=status, peak_bytes=peak, seconds=seconds, ends=1)
+        return status
+
+    def _note(self, seconds: float = 0.0, starts: int = 0, ends: int = 0, **facts: Any) -> None:
+        """Add to the record's sums, replace its other facts; the file is whole at any time."""
+        record = {"starts": 0, "ends": 0, "seconds": 0.0} | self.record() | facts
+        for name, more in (("seconds", seconds), ("starts", starts), ("ends", ends)):
+            record[name] = round(record[name] + more, 3)
+        fresh = self.root / f".{self.name}.json"
+        fresh.write_text(json.dumps(record, indent=1) + "\n")
+        fresh.replace(self.root / f"{self.name}.json")
+
+    def checkpoint(self) -> Any:
+        """What submitit asks for when a job's time is over: the same once more, which resumes."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+class Engine(Protocol):
+    """Carries out one job on each of several threads."""
+
+    def enter(self) -> None:
+        """Called once on each thread, before its first job."""
+
+    def run(self, job: Job) -> int:
+        """Carry a job out; returns its exit status."""
+
+    def stop(self) -> None:
+        """Ask what runs now to save and end."""
+
+
+class Local:
+    """Processes of this machine, which share its cores."""
+
+    def __init__(self, jobs: int):
+        self.processes: set[int] = set()
+        self.shares: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+        for share in shares(sorted(os.sched_getaffinity(0)), jobs):
+            self.shares.put(share)
+
+    def enter(self) -> None:
+        """Keep a thread, and with it the processes it starts, to its share of the cores."""
+        os.sched_setaffinity(0, self.shares.get_nowait())
+
+    def run(self, job: Job) -> int:
+        """See `Engine`."""
+        return job(self.processes)
+
+    def stop(self) -> None:
+        """See `Engine`."""
+        while self.processes:
+            with contextlib.suppress(KeyError, ProcessLookupError):
+                os.kill(self.processes.pop(), signal.SIGTERM)
+
+
+def shares(cores: list[int], jobs: int) -> list[set[int]]:
+    """Cores of each of several jobs at a time: disjoint as long as there are enough."""
+    each = max(1, len(cores) // jobs)
+    return [{cores[(job * each + i) % len(cores)] for i in range(each)} for job in range(jobs)]
+
+
+class Submitit:
+    """Jobs of a scheduler, submitted as often as there are threads.
+
+    Args:
+      cluster: "slurm", or "local" for submitit's own processes on this machine.
+      root: where submitit keeps its files; all nodes must see it.
+      parameters: of `submitit.AutoExecutor.update_parameters`; SLURM's own need no prefix.
+
+    Raises:
+      RuntimeError, NameError, ValueError, AssertionError: no such cluster here, or a parameter that
+        submitit does not know or take.
+    """
+
+    def __init__(self, cluster: str, root: Path, parameters: Mapping[str, Any]):
+        import submitit
+
+        self.executor = submitit.AutoExecutor(root.absolute() / "submitit" / "%j", cluster=cluster)
+        shared = self.executor._typed_parameters()
+        self.executor.update_parameters(
+            **{"name": root.name, "timeout_min": TIME_LIMIT}
+            | {k if k in shared else f"slurm_{k}": value for k, value in parameters.items()}
+        )
+        self.submitting = threading.Lock()
+        self.submitted: list[Any] = []
+
+    def enter(self) -> None:
+        """See `Engine`."""
+
+    def run(self, job: Job) -> int:
+        """See `Engine`; of a job's tasks the first that failed gives the status."""
+        with self.submitting:
+            submission = self.executor.submit(job)
+            self.submitted.append(submission)
+        try:
+            return next((status for status in submission.results() if status), 0)
+        finally:
+            with contextlib.suppress(ValueError):
+                self.submitted.remove(submission)
+
+    def stop(self) -> None:
+        """See `Engine`."""
+        while self.submitted:
+            self.submitted.pop().cancel(check=False)
+
+
+def run(jobs: Iterable[Job], engine: Engine, at_once: int, retries: int) -> dict[Job, int]:
+    """Run all jobs, as many at once as is said, and print a line when one has ended.
+
+    Whatever ends this, an interrupt or a signal's handler, first lets the running jobs save.
+
+    Returns:
+      The last exit status of each.
+    """
+    stopping, statuses = threading.Event(), {}
+    with ThreadPoolExecutor(at_once, initializer=engine.enter) as pool:
+        pending = {pool.submit(finish, job, engine, retries, stopping): job for job in jobs}
+        try:
+            for number, future in enumerate(as_completed(pending), 1):
+                job, status = pending[future], future.result()
+                statuses[job] = status
+                what = reason(job, status) if status else "ended"
+                print(f"[{number}/{len(pending)}] {job.name}: {what}", flush=True)
+        except BaseException:
+            stopping.set()
+            _stop(engine, pool, pending)
+            raise
+    return statuses
+
+
+def _stop(engine: Engine, pool: ThreadPoolExecutor, pending: Iterable[Future[int]]) -> None:
+    pool.shutdown(wait=False, cancel_futures=True)
+    while not all(future.done() for future in pending):
+        engine.stop()
+        wait(pending, timeout=0.5)
+
+
+def finish(job: Job, engine: Engine, retries: int, stopping: threading.Event) -> int:
+    """Start a job until it ends, has failed too often, or cannot end before its user mends it."""
+    failures = 0
+    while not stopping.is_set():
+        try:
+            status = engine.run(job)
+        except Exception as error:  # whatever went wrong with this job, the others go on
+            status = LOST
+            with contextlib.suppress(OSError), job.log().open("a") as log:
+                log.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
+        if job.is_refused(status):
+            stopping.wait(PAUSE)
+            continue
+        failures += status != 0
+        if status in (0, USER_ERROR) or failures > retries:
+            return status
+        if not stopping.is_set():
+            print(f"{job.name}: {reason(job, status)}; starting it again", flush=True)
+    return TERMINATED
+
+
+def reason(job: Job, status: int) -> str:
+    """Why a start failed, in a line."""
+    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"failed, status {status}"
+    return f"{how}: {job.last_line()}"
