@@ -39,7 +39,7 @@ class Model:
     name: str = "resnet18"  # resnet8 | resnet18 | resnet34 | resnet50 | cnn
     width: int = 64  # channels of the first stage
     conv: str = "auto"  # auto | native | gradients
-    dtype: str = "float32"  # float32 | bfloat16: arithmetic of classifier, generator, discriminator
+    dtype: str = "auto"  # float32 | bfloat16: arithmetic; auto: bfloat16 on GPU and TPU
 
 
 @dataclass(frozen=True)

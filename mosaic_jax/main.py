@@ -204,7 +204,8 @@ def plan(federation: Federation, workdir: Path) -> Table:
         title=f"{config.method} on {config.data.name}, alpha {config.partition.alpha:g}, "
         f"seed {config.seed}",
         caption=f"{config.model.name} of width {config.model.width}, {size:,} parameters; "
-        f"{len(devices)} {devices[0].platform} device(s), {lanes} client(s) at a time on each; "
+        f"{federation.dtype}; {len(devices)} {devices[0].platform} device(s), {lanes} client(s) at "
+        f"a time on each, {_padding(federation):.0%} of the steps for padding; "
         f"{federation.dataset.image_shape} images, {len(federation.dataset.test_labels)} for "
         f"testing; work directory {workdir}",
     )
@@ -225,6 +226,14 @@ def plan(federation: Federation, workdir: Path) -> Table:
     mean = [f"{np.mean(shares):.2f}"] if narrow else []
     table.add_row(f"all {federation.num_clients}", str(total.sum()), *mean, *map(str, total))
     return table
+
+
+def _padding(federation: Federation) -> float:
+    """Share of a round's client-steps that are padding, over the groups of clients."""
+    lanes, sizes = federation.config.parallel.lanes, [len(g.members) for g in federation.groups]
+    shares = [parallel.padding_share(lanes, size, federation.mesh) for size in sizes]
+    computed = sum(size / (1 - share) for size, share in zip(sizes, shares, strict=True))
+    return 1 - sum(sizes) / computed
 
 
 class Watcher:

@@ -92,6 +92,13 @@ def lanes_for(lanes: int, clients: int, mesh: Mesh) -> int:
     return min(lanes or automatic, share)
 
 
+def padding_share(lanes: int, clients: int, mesh: Mesh) -> float:
+    """Share of the client-steps that fill up devices and lanes and come to nothing, in [0, 1)."""
+    width = lanes_for(lanes, clients, mesh)
+    share = -(-clients // mesh.size)
+    return 1 - clients / (mesh.size * width * -(-share // width))
+
+
 def in_blocks(function: Callable[[Array], Array], images: Array) -> Array:
     """`function(images)`, which treats every image alone, on a CPU a few images at a time.
 

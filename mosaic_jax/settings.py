@@ -65,7 +65,7 @@ SMALL = {
 CHOICES = {
     "partition.kind": ("dirichlet", "dirichlet_balanced", "iid"),
     "model.conv": ("auto", "native", "gradients"),
-    "model.dtype": ("float32", "bfloat16"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
     "submodel.scheme": ("static", "rolling", "random"),
     "model_aggregation.expert_mode": ("auto", "parameters", "logits"),
     "generator_optimization.adversary": ("dcgan", "local"),

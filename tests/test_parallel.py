@@ -173,6 +173,13 @@ def test_lanes_are_one_on_a_cpu_and_never_more_than_a_devices_clients():
     assert parallel.lanes_for(12, 9, mesh) == 9
 
 
+@pytest.mark.parametrize(
+    ("clients", "lanes", "share"), [(10, 1, 0), (10, 0, 0), (10, 4, 1 - 10 / 12), (1, 5, 0)]
+)
+def test_padding_is_what_fills_up_the_last_lanes(clients, lanes, share):
+    assert parallel.padding_share(lanes, clients, parallel.make_mesh(1)) == pytest.approx(share)
+
+
 def test_rounds_and_learning_rates_share_one_compiled_program(make_federation, compilations):
     federation = make_federation(**ROUND)
     schedule = [0.1, 0.05, 0.02, 0.0].__getitem__

@@ -120,6 +120,11 @@ class Federation:
         return min(self.config.local_update.batch_size, int(self.counts.sum(axis=1).max()))
 
     @property
+    def dtype(self) -> str:
+        """Type that classifier, generator and discriminator compute in; all weights are float32."""
+        return _dtype(self.config, self.mesh)
+
+    @property
     def has_submodels(self) -> bool:
         """Whether some client holds less than the whole model."""
         return any(group.capacity < 1 for group in self.groups)
@@ -237,7 +242,7 @@ def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
         mean=dataset.mean,
         std=dataset.std,
         form=config.model.conv,
-        dtype=config.model.dtype,
+        dtype=_dtype(config, mesh),
     )
     data = {"images": dataset.train_images, "labels": dataset.train_labels}
     return Federation(
@@ -253,6 +258,13 @@ def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
         dataset=dataset,
         local_shards=local_test_shards(dataset.test_labels, counts, seed),
     )
+
+
+def _dtype(config: Config, mesh: Mesh) -> str:
+    """As asked, or what the devices are quick with."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
 
 
 def capacities(config: Config) -> list[float]:
