@@ -2,9 +2,9 @@
 
     python -m experiments.peak_memory --clients 10 100 --root runs/memory
 
-Whole runs of `configs/digits.py` with few rounds and steps, each a process of its own; the figure
-is the largest resident set the system saw. The same images are split evenly, so that only the
-number of clients changes.
+Whole runs with few rounds and steps, of `configs/digits.py` unless another is named, each a process
+of its own; the figure is the largest resident set the system saw. The same images are split evenly,
+so that only the number of clients changes.
 """
 
 import argparse
@@ -28,14 +28,14 @@ SHORT = {
 }
 
 
-def peak(clients: int, root: Path, overrides: list[str]) -> float:
+def peak(clients: int, root: Path, config: str, overrides: list[str]) -> float:
     """Mebibytes at the peak of one run."""
     workdir = root / f"clients-{clients}"
     shutil.rmtree(workdir, ignore_errors=True)
     settings = SHORT | {"partition.clients": clients}
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "mosaic_jax.main", "--config=configs/digits.py"),
+            *(sys.executable, "-m", "mosaic_jax.main", f"--config=configs/{config}.py"),
             *(f"--config.{name}={value}" for name, value in settings.items()),
             *(f"--config.{override}" for override in overrides),
             f"--workdir={workdir}",
@@ -53,9 +53,11 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--clients", nargs="+", type=int, default=[10, 100])
+    parser.add_argument("--config", default="digits", help="a file of configs/, without its ending")
     parser.add_argument("--root", type=Path, default=Path("runs/memory"))
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings")
     arguments = parser.parse_args()
-    peaks = [peak(clients, arguments.root, arguments.set) for clients in arguments.clients]
+    options = arguments.root, arguments.config, arguments.set
+    peaks = [peak(clients, *options) for clients in arguments.clients]
     for clients, mebibytes in zip(arguments.clients, peaks, strict=True):
         print(f"{clients} clients: {mebibytes:.0f} MiB, {mebibytes / peaks[0]:.2f} times")

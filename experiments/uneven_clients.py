@@ -1,11 +1,11 @@
-"""Whether a round's time follows the clients' steps, however unequal the clients are.
+"""Whether a round's time follows the clients' steps, however many and unequal the clients are.
 
     python -m experiments.uneven_clients --clients 10 100
 
-One local round of the small CNN on 6,000 images, split evenly and by a Dirichlet distribution, in
-alternation: equal steps should take equal time, although the largest client holds many times the
+One local round of the small CNN on 6,000 images, split evenly and by a Dirichlet distribution, all
+in alternation: equal steps should take equal time, although the largest client holds many times the
 images of the smallest. A batch of a client with fewer images than a batch is masked, so "masked"
-is computed and not learnt from.
+is computed and not learnt from; "padding" are steps that fill up devices and lanes.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import numpy as np
 from configs.base import get_config
 from experiments import branches
 from experiments.timed_units import Unit, alternate, spread
-from mosaic_jax import main, methods
+from mosaic_jax import main, methods, parallel
 from mosaic_jax.data.clients import batches_per_epoch
 from mosaic_jax.stages.federation import Federation
 
@@ -25,7 +25,8 @@ def build(arguments: argparse.Namespace, clients: int, kind: str) -> Federation:
     changes = {
         "data.train_images": arguments.images,
         "model.name": "cnn",
-        "model.width": 16,
+        "model.width": arguments.width,
+        "local_update.steps": arguments.steps,
         "partition.clients": clients,
         "partition.kind": kind,
         "partition.alpha": arguments.alpha,
@@ -52,18 +53,24 @@ def masked(federation: Federation) -> float:
     return 1 - np.mean(np.minimum(sizes, computed) / computed)
 
 
-def rows(arguments: argparse.Namespace, clients: int) -> list[list[str]]:
-    """Both splits of one number of clients."""
-    splits = {"iid": build(arguments, clients, "iid")}
-    splits[f"alpha {arguments.alpha:g}"] = build(arguments, clients, "dirichlet")
-    units = {name: unit(federation) for name, federation in splits.items()}
+def rows(arguments: argparse.Namespace) -> list[list[str]]:
+    """Every split of every number of clients."""
+    names = {"iid": "iid", "dirichlet": f"alpha {arguments.alpha:g}"}
+    cases = {
+        f"{clients} {names[kind]}": build(arguments, clients, kind)
+        for clients in arguments.clients
+        for kind in arguments.splits
+    }
+    units = {name: unit(federation) for name, federation in cases.items()}
     times = alternate({name: one.seconds for name, one in units.items()}, arguments.rounds)
     found = []
-    for name, federation in splits.items():
-        sizes = federation.counts.sum(axis=1)
+    for name, federation in cases.items():
+        clients, _, split = name.partition(" ")
+        sizes, lanes = federation.counts.sum(axis=1), federation.config.parallel.lanes
         each = [1e3 * seconds / units[name].count for seconds in times[name]]
-        cells = [str(clients), name, f"{sizes.min()}–{sizes.max()}", spread(each)]
-        found.append([*cells, f"{100 * masked(federation):.0f}%"])
+        padding = parallel.padding_share(lanes, int(clients), federation.mesh)
+        shares = [f"{masked(federation):.0%}", f"{padding:.0%}"]
+        found.append([clients, split, f"{sizes.min()}–{sizes.max()}", spread(each), *shares])
     return found
 
 
@@ -75,8 +82,10 @@ if __name__ == "__main__":
     parser.add_argument("--alpha", type=float, default=0.1)
     parser.add_argument("--images", type=int, default=6000)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=10, help="of a client in a round")
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--splits", nargs="+", default=["iid", "dirichlet"])
     arguments = parser.parse_args()
     main.set_up_jax(max(arguments.clients))
-    head = ["clients", "split", "images", "ms a client-step", "masked"]
-    found = [row for clients in arguments.clients for row in rows(arguments, clients)]
-    print(branches.markdown([head, *found]))
+    head = ["clients", "split", "images", "ms a client-step", "masked", "padding"]
+    print(branches.markdown([head, *rows(arguments)]))

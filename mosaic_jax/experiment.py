@@ -119,7 +119,8 @@ def run_stage(
 ) -> State:
     """One stage from its newest checkpoint, or from its start, to its end."""
     every = federation.config.run
-    done, carry = _resume(stage, state, federation, checkpoints)
+    with _in_memory(stage, federation):
+        done, carry = _resume(stage, state, federation, checkpoints)
     finished = done == stage.blocks and done > 0
     if not finished:
         metrics.keep(
@@ -130,8 +131,9 @@ def run_stage(
         )
     for block in range(done, stage.blocks):
         begin = time.perf_counter()
-        carry, figures = stage.block(state, carry, block)
-        figures = {name: np.asarray(v) for name, v in parallel.to_host(dict(figures)).items()}
+        with _in_memory(stage, federation):
+            carry, figures = stage.block(state, carry, block)
+            figures = {name: np.asarray(v) for name, v in parallel.to_host(dict(figures)).items()}
         seconds = time.perf_counter() - begin
         leave_out = federation.config.local_update.leave_out_diverged
         figures = check_clients(stage.name, block, figures, leave_out)
@@ -149,6 +151,26 @@ def run_stage(
         if stop:
             raise Stopped
     return stage.finish(state, carry)
+
+
+@contextmanager
+def _in_memory(stage: Stage, federation: Federation) -> Iterator[None]:
+    """Says which setting to change when a device has not the memory for what is inside."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "RESOURCE_EXHAUSTED" not in reason:
+            raise
+        asked = federation.config.parallel.lanes
+        lanes = parallel.lanes_for(asked, federation.num_clients, federation.mesh)
+        remedy = (
+            f"--config.parallel.lanes={lanes // 2}" if lanes > 1 else "--config.parallel.memory_gib"
+        )
+        raise UserError(
+            f"stage {stage.name} does not fit into a device's memory with {lanes} client(s) at a "
+            f"time; try {remedy} ({reason})"
+        ) from None
 
 
 def _traffic(stage: Stage, last: bool) -> dict[str, Any]:

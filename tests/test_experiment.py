@@ -235,6 +235,18 @@ def test_nothing_that_is_not_finite_is_saved(make_federation, tmp_path, monkeypa
     assert [path.name for path in saved.iterdir() if path.name.isdigit()] == ["1"]
 
 
+@pytest.mark.parametrize(("lanes", "remedy"), [(2, "parallel.lanes=1"), (1, "parallel.memory_gib")])
+def test_a_stage_without_memory_says_what_to_change(
+    make_federation, tmp_path, monkeypatch, lanes, remedy
+):
+    federation = make_federation(**TINY | {"method": "fedavg", "parallel.lanes": lanes})
+    (stage,) = methods.stages("fedavg", federation)
+    huge = dataclasses.replace(stage, block=lambda *_: jnp.zeros(1 << 47).block_until_ready())
+    monkeypatch.setattr(methods, "stages", lambda name, federation: [huge])
+    with pytest.raises(UserError, match=f"stage local_update does not fit .* try .*{remedy} "):
+        run(federation, tmp_path / "run")
+
+
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(make_federation, whole, tmp_path):
     rare = make_federation(**TINY | {"run.checkpoint_every": 100})
     answers = iter([False, True])

@@ -1,12 +1,9 @@
 """Several hosts are processes that meet over gloo: same results, agreement, and what is lost."""
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import CACHE, TINY
 
+from experiments.several_hosts import free_port, start_host
 from mosaic_jax import hosts, parallel
 from mosaic_jax.types import UserError
 
@@ -28,38 +26,23 @@ SETTINGS = TINY | {
 }
 
 
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+@pytest.fixture(autouse=True)
+def quick_to_compile(monkeypatch):
+    """For the processes that are started: what they compute is little."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", CACHE)
+    monkeypatch.chdir(ROOT)
 
 
 def start(workdir, devices, *arguments, **changes) -> subprocess.Popen:
     """One host with so many devices; `section__name=value` changes a setting."""
     changes = {name.replace("__", "."): value for name, value in changes.items()}
-    settings = [f"--config.{name}={value}" for name, value in (SETTINGS | changes).items()]
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "mosaic_jax.main",
-            "--config=configs/base.py",
-            *settings,
-            f"--workdir={workdir}",
-            *arguments,
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": CACHE},
-    )
+    return start_host("configs/base.py", SETTINGS | changes, workdir, devices, *arguments)
 
 
 def pair(workdir, devices, *changes) -> list[subprocess.Popen]:
     """Two hosts that meet; each of `changes` is one host's."""
-    where = f"--coordinator=127.0.0.1:{port()}"
+    where = f"--coordinator=127.0.0.1:{free_port()}"
     changes = changes or ({}, {})
     return [
         start(workdir, devices, where, "--hosts=2", f"--host={i}", **change)
@@ -136,12 +119,12 @@ def test_hosts_that_disagree_end_with_one_line_each(tmp_path):
     ("arguments", "status", "message"),
     [
         (
-            [f"--coordinator=127.0.0.1:{port()}", "--hosts=2", "--host=1"],
+            [f"--coordinator=127.0.0.1:{free_port()}", "--hosts=2", "--host=1"],
             2,
             "error: the first host cannot be reached at 127.0.0.1:",
         ),
         (
-            [f"--coordinator=127.0.0.1:{port()}", "--hosts=2", "--host=0"],
+            [f"--coordinator=127.0.0.1:{free_port()}", "--hosts=2", "--host=0"],
             hosts.LOST,
             "error: not all of the 2 hosts came within 1 s",
         ),

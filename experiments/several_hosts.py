@@ -1,0 +1,153 @@
+"""Whether several hosts and devices give the results of one, and how a lost host ends a run.
+
+    python -m experiments.several_hosts --root runs/hosts
+
+Whole runs of Mosaic on the digits with few steps, each on a layout of hosts x devices: processes
+on this machine that meet over gloo, with forced CPU devices. The table has the largest difference
+of each stage's metrics from those of one host with one device: of losses and scores relative to
+their size, of accuracies in percentage points. The last lines kill one of two hosts.
+"""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import branches
+from mosaic_jax.metrics import MetricsFile
+
+SHORT = {
+    "partition.clients": 8,
+    "model.name": "cnn",
+    "local_update.rounds": 6,
+    "local_update.learning_rate": 0.05,
+    "model_aggregation.learning_rate": 0.05,
+    "generator_optimization.steps": 20,
+    "generator_optimization.block_steps": 20,
+    "meta_model.steps": 50,
+    "knowledge_distillation.steps": 20,
+    "knowledge_distillation.block_steps": 10,
+    "fine_tuning.rounds": 1,
+    "fine_tuning.batch_norm": "frozen",
+    "run.checkpoint_every": 1,
+}
+
+LAYOUTS = ((1, 1), (1, 8), (2, 4), (4, 2))
+"""Hosts, devices of each; the first is what the others are compared with."""
+
+FLAG = "--xla_force_host_platform_device_count"
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_host(
+    config: str, settings: dict[str, Any], workdir: Path, devices: int, *arguments: str
+) -> subprocess.Popen[str]:
+    """One host's program with so many devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}={devices}"
+    overrides = [f"--config.{name}={value}" for name, value in settings.items()]
+    program = [sys.executable, "-m", "mosaic_jax.main", f"--config={config}", *overrides]
+    return subprocess.Popen(
+        [*program, f"--workdir={workdir}", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags.strip()},
+    )
+
+
+def start(
+    settings: dict[str, Any], workdir: Path, hosts: int, devices: int
+) -> list[subprocess.Popen[str]]:
+    """One run, a process a host."""
+    where = [f"--coordinator=127.0.0.1:{free_port()}", f"--hosts={hosts}"] if hosts > 1 else []
+    return [
+        start_host(
+            "configs/digits.py:small",
+            settings,
+            workdir,
+            devices,
+            *where,
+            *([f"--host={host}"] if where else []),
+        )
+        for host in range(hosts)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
+    """Wait for all; stop with what a host said that failed."""
+    ended = [(process, process.communicate()) for process in processes]
+    for process, (_, errors) in ended:
+        if process.returncode:
+            raise SystemExit(errors[-2000:])
+
+
+def differences(workdir: Path, truth: Path) -> dict[str, tuple[float, float]]:
+    """Per stage: largest relative difference of its figures, and of accuracies in points."""
+    found: dict[str, tuple[float, float]] = {}
+    lines = zip(MetricsFile(workdir / "metrics.jsonl").read(), read(truth), strict=True)
+    for line, true in lines:
+        relative, points = found.get(line["stage"], (0.0, 0.0))
+        for name in set(true) - {"stage", "block", "seconds"}:
+            own, other = np.asarray(line[name], float), np.asarray(true[name], float)
+            apart = np.abs(own - other)
+            if name.endswith("accuracy"):
+                points = max(points, 100 * float(apart.max()))
+            else:
+                relative = max(relative, float((apart / np.maximum(np.abs(other), 1e-6)).max()))
+        found[line["stage"]] = (relative, points)
+    return found
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of a run."""
+    return MetricsFile(workdir / "metrics.jsonl").read()
+
+
+def lose_a_host(root: Path) -> str:
+    """Kill the second of two hosts in the middle of a long run: how the first one ends."""
+    long = SHORT | {"local_update.rounds": 10_000}
+    first, second = start(long, root / "lost", 2, 4)
+    while not (root / "lost" / "checkpoints" / "local_update" / "5").exists():
+        if first.poll() is not None:
+            raise SystemExit(first.communicate()[1][-2000:])
+        time.sleep(0.2)
+    second.kill()
+    begin = time.monotonic()
+    _, errors = first.communicate()
+    said = [line for line in errors.splitlines() if line.startswith("error:")]
+    seconds = time.monotonic() - begin
+    return f"a host killed: the other ends after {seconds:.0f} s, {first.returncode}: {said}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, default=Path("runs/hosts"))
+    arguments = parser.parse_args()
+    names = {layout: arguments.root / "x".join(map(str, layout)) for layout in LAYOUTS}
+    for (hosts, devices), workdir in names.items():
+        if not (workdir / "summary.json").exists():
+            finish(start(SHORT, workdir, hosts, devices))
+    one, *others = LAYOUTS
+    stages = list(dict.fromkeys(line["stage"] for line in read(names[one])))
+    found = {layout: differences(names[layout], names[one]) for layout in others}
+    head = ["stage", *(f"{hosts} hosts x {devices}" for hosts, devices in others)]
+    body = [
+        [stage, *("{:.0e}, {:.1f}".format(*found[layout][stage]) for layout in others)]
+        for stage in stages
+    ]
+    print(branches.markdown([head, *body]))
+    print(lose_a_host(arguments.root))
