@@ -289,6 +289,10 @@ def summarise(stages: list[Stage], metrics: MetricsFile) -> dict[str, Any]:
             "seconds": round(sum(line["seconds"] for line in own), 3),
             "download_bytes": float(np.mean(own[-1]["download_bytes"])),
             "upload_bytes": float(np.mean(own[-1]["upload_bytes"])),
-            **{name: value for name, value in own[-1].items() if name.endswith("accuracy")},
+            **{
+                name: value
+                for name, value in own[-1].items()
+                if name.endswith("accuracy") and not isinstance(value, list)
+            },
         }
     return summary
