@@ -14,6 +14,7 @@ import argparse
 import csv
 import dataclasses
 import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from experiments import branches
 from experiments.branches import Settings, spread
 from mosaic_jax import main, methods
 from mosaic_jax.config import Config
+from mosaic_jax.main import USER_ERROR
 from mosaic_jax.settings import HETEROGENEITY
+from mosaic_jax.types import UserError
 
 BUDGETS = {"whole": "", "narrow": "narrow"}
 """Model heterogeneity, what each client can hold: the config's option."""
@@ -173,10 +176,16 @@ if __name__ == "__main__":
     get_config = importlib.import_module(f"configs.{arguments.config}").get_config
     arguments.root.mkdir(parents=True, exist_ok=True)
     main.set_up_jax(clients=10)
+    failed = False
     for cell in [] if arguments.show else cells(arguments):
         path = folder(arguments.root, cell)
         if (path / "summary.json").exists():
             continue
         print(path.name, flush=True)
-        branches.run(config(get_config, cell, dict(arguments.set)), path)
+        try:
+            branches.run(config(get_config, cell, dict(arguments.set)), path)
+        except UserError as error:
+            print(f"error: {path.name}: {error}", file=sys.stderr, flush=True)
+            failed = True
     print(write(arguments))
+    sys.exit(USER_ERROR if failed else 0)
