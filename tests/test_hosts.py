@@ -108,6 +108,20 @@ def test_a_lost_host_ends_the_run_and_one_host_resumes_it(tmp_path):
     assert after[: len(before) - 1] == before[:-1]
 
 
+def test_hosts_meet_where_slurm_says(tmp_path, monkeypatch):
+    """Their disagreement shows that they have met."""
+    # The library listens at a port that follows from the job's number, up to 4,096 of them.
+    job = {"SLURM_JOB_ID": free_port(), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2}
+    started = []
+    for number in (0, 1):
+        for name, value in (job | {"SLURM_PROCID": number, "SLURM_LOCALID": number}).items():
+            monkeypatch.setenv(name, str(value))
+        started.append(start(tmp_path / "run", 1, "--distributed", seed=number))
+    for status, _, errors in ended(*started):
+        assert status == 2
+        assert error(errors) == ["error: hosts 1 have other settings than host 0"]
+
+
 def test_hosts_that_disagree_end_with_one_line_each(tmp_path):
     for status, _, errors in ended(*pair(tmp_path / "run", 1, {}, {"seed": 1})):
         assert status == 2
