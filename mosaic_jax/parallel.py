@@ -7,6 +7,7 @@ results while it maps, so that no more than `lanes` client models exist at once 
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -72,14 +73,18 @@ def to_host(tree: PyTree) -> PyTree:
     """
 
     def whole(leaf: Array) -> Array:
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        is_here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        if is_here or leaf.is_fully_replicated:
             return leaf
-        if leaf.is_fully_replicated:
-            return leaf
-        everywhere = NamedSharding(leaf.sharding.mesh, P())  # type: ignore[attr-defined]
-        return jax.jit(lambda part: part, out_shardings=everywhere)(leaf)
+        return _gather(leaf.sharding.mesh)(leaf)  # type: ignore[attr-defined]
 
     return jax.device_get(jax.tree.map(whole, tree))
+
+
+@lru_cache
+def _gather(mesh: Mesh) -> Callable[[Array], Array]:
+    """Compile once what puts a spread array on every device."""
+    return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, P()))
 
 
 def lanes_for(lanes: int, clients: int, mesh: Mesh) -> int:
