@@ -40,6 +40,7 @@ def run(
     workdir: Path,
     watch: Watcher = lambda *args: None,
     is_asked_to_stop: Callable[[], bool] = lambda: False,
+    announce: Callable[[list[Stage]], None] = lambda stages: None,
 ) -> State:
     """Run, or resume, the configured method; returns the final state.
 
@@ -48,6 +49,7 @@ def run(
       workdir: the run's directory.
       watch: called after each block.
       is_asked_to_stop: asked after each block.
+      announce: told the stages before the first runs.
 
     Raises:
       UserError: the directory holds another config or is in use, or a figure is not finite.
@@ -56,6 +58,7 @@ def run(
     federation = dataclasses.replace(federation, spill=workdir / "stacks")
     stages = methods.stages(federation.config.method, federation)
     hosts.on_first_host(lambda: claim(workdir, federation.config))
+    announce(stages)
     with ExitStack() as until_the_end:
         hosts.on_first_host(lambda: until_the_end.enter_context(in_use(workdir)))
         return _run(stages, federation, workdir, watch, is_asked_to_stop)

@@ -4,6 +4,7 @@ Parses flags, sets up devices and the compilation cache, says what will run, run
 bar, and ends with the result table and figures. Everything it calls can be imported and called.
 """
 
+import ast
 import logging
 import os
 import signal
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mosaic_jax import experiment, hosts, methods, parallel, report, settings
+from mosaic_jax import experiment, hosts, methods, parallel, plan, report, settings
 from mosaic_jax.config import Config
 from mosaic_jax.data import cache, sources
 from mosaic_jax.stages import federation as federations
@@ -35,6 +36,7 @@ CONFIG = config_flags.DEFINE_config_file(
     help_string="Settings file, with options: configs/digits.py:severe or configs/digits.py:small.",
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; the same one resumes it.")
+PLAN = flags.DEFINE_bool("plan", False, "Say what would run and how long it takes; run nothing.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
@@ -61,6 +63,9 @@ TERMINATED = 143
 
 def main(argv: list[str]) -> int:
     """Run what the flags ask for; returns the exit status."""
+    if argv[1:] in (["--help"], ["--config"]):
+        Console().print(*([_help()] if argv[1] == "--help" else []), _configs())
+        return 0
     try:
         config = _settings(argv)
         set_up_jax(config.partition.clients)
@@ -70,9 +75,17 @@ def main(argv: list[str]) -> int:
         hosts.check_agreement("settings", lambda: f"{config}")
         hosts.check_agreement("a work directory", lambda: f"{workdir}")
         federation = prepare(config)
-        console.print(plan(federation, workdir))
+        if PLAN.value:
+            stages = methods.stages(config.method, federation)
+            console.print(plan.plan(federation, stages, workdir))
+            console.print(plan.measured(federation, stages))
+            return 0
+
+        def announce(stages: list[Stage]) -> None:
+            console.print(plan.plan(federation, stages, workdir))
+
         with _progress(console) as progress:
-            experiment.run(federation, workdir, Watcher(progress), _terminations())
+            experiment.run(federation, workdir, Watcher(progress), _terminations(), announce)
         hosts.part()
         if hosts.is_first():
             report.show(workdir, console)
@@ -92,6 +105,32 @@ def main(argv: list[str]) -> int:
         traceback.print_exc()
         return FAILED  # at once: an interpreter that ends of itself waits for the other hosts
     return 0
+
+
+def _help() -> Table:
+    """Every flag with its help."""
+    table = Table("flag", "meaning", title="python -m mosaic_jax.main --config=FILE[:OPTIONS] ...")
+    for flag in (CONFIG, WORKDIR, PLAN, DISTRIBUTED, COORDINATOR, HOSTS, HOST, HOSTS_SECONDS):
+        table.add_row(f"--{flag.name}", flags.FLAGS[flag.name].help)
+    table.add_row(
+        "--config.NAME=VALUE",
+        f"Changes a setting, such as --config.local_update.rounds=20. Sections: {_sections()}; all "
+        "settings with defaults and units are in mosaic_jax/config.py.",
+    )
+    return table
+
+
+def _sections() -> str:
+    return ", ".join(dict.fromkeys(n.split(".")[0] for n in settings.names() if "." in n))
+
+
+def _configs() -> Table:
+    """The config files of this directory, with the first line of each."""
+    table = Table("config", "what it runs", title="options: " + ", ".join(settings.OPTIONS))
+    for path in sorted(Path("configs").glob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        table.add_row(f"--config={path}", text.partition("\n")[0])
+    return table
 
 
 def _join_hosts() -> None:
@@ -143,7 +182,10 @@ def _settings(argv: list[str]) -> Config:
     try:
         rest = flags.FLAGS(argv)
         if CONFIG.value is None:
-            raise UserError("--config is missing; for example --config=configs/digits.py")
+            raise UserError(
+                "--config is missing; for example --config=configs/digits.py (--config alone "
+                "lists them)"
+            )
     except UserError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -192,48 +234,6 @@ def set_up_jax(clients: int) -> None:
     # Orbax reports every file it writes, and in full what it raises anyway.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")
-
-
-def plan(federation: Federation, workdir: Path) -> Table:
-    """What will run: clients with their class histogram, model, devices and directory."""
-    config, devices = federation.config, federation.mesh.devices.flatten()
-    variables = federation.shapes(federation.model)
-    size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    lanes = parallel.lanes_for(config.parallel.lanes, federation.num_clients, federation.mesh)
-    table = Table(
-        title=f"{config.method} on {config.data.name}, alpha {config.partition.alpha:g}, "
-        f"seed {config.seed}",
-        caption=f"{config.model.name} of width {config.model.width}, {size:,} parameters; "
-        f"{federation.dtype}; {len(devices)} {devices[0].platform} device(s), {lanes} client(s) at "
-        f"a time on each, {_padding(federation):.0%} of the steps for padding; "
-        f"{federation.dataset.image_shape} images, {len(federation.dataset.test_labels)} for "
-        f"testing; work directory {workdir}",
-    )
-    table.add_column("client", justify="right")
-    table.add_column("images", justify="right")
-    shares = federations.capacities(config)
-    narrow = min(shares) < 1
-    if narrow:
-        table.add_column("share", justify="right", min_width=4)
-    for label in range(federation.counts.shape[1]):
-        table.add_column(str(label), justify="right")
-    for client in range(min(federation.num_clients, 20)):
-        row = federation.counts[client]
-        held = [f"{shares[client]:g}"] if narrow else []
-        table.add_row(str(client), str(row.sum()), *held, *(str(n) if n else "·" for n in row))
-    total = federation.counts.sum(axis=0)
-    table.add_section()
-    mean = [f"{np.mean(shares):.2f}"] if narrow else []
-    table.add_row(f"all {federation.num_clients}", str(total.sum()), *mean, *map(str, total))
-    return table
-
-
-def _padding(federation: Federation) -> float:
-    """Share of a round's client-steps that are padding, over the groups of clients."""
-    lanes, sizes = federation.config.parallel.lanes, [len(g.members) for g in federation.groups]
-    shares = [parallel.padding_share(lanes, size, federation.mesh) for size in sizes]
-    computed = sum(size / (1 - share) for size, share in zip(sizes, shares, strict=True))
-    return 1 - sum(sizes) / computed
 
 
 class Watcher:

@@ -134,6 +134,33 @@ def test_bad_input_ends_with_one_clear_line(case, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("argument", ["--help", "--config"])
+def test_help_names_flags_sections_and_configs(argument):
+    done = command(argument)
+    assert done.returncode == 0, done.stderr
+    for path in (ROOT / "configs").glob("*.py"):
+        assert f"--config=configs/{path.name}" in done.stdout
+    flags = ("--workdir", "--plan", "--coordinator", "--config.NAME=VALUE", "local_update")
+    assert all((flag in done.stdout) == (argument == "--help") for flag in flags)
+
+
+def test_a_plan_says_what_would_run_and_runs_nothing(tmp_path):
+    done = small(tmp_path, "--plan", "--config.submodel.rho=2", "--config.fine_tuning.rounds=0")
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    for fact in (
+        "mosaic on synthetic, alpha 0.1, seed 0",
+        "all 5 │ 500",
+        "cnn of width 8",
+        "1 client(s) at a time on each",
+        "local_update 4, model_aggregation 1, generator_optimization 2",
+        "a client receives",
+        "client-steps of local training, about",
+    ):
+        assert fact in text, text
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_stops_when_told_resumes_and_refuses_another_config(tmp_path):
     process = start("--config=configs/base.py:small", f"--workdir={tmp_path / 'run'}")
     record = tmp_path / "run" / "metrics.jsonl"

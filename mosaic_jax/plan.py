@@ -1,0 +1,158 @@
+"""What a run is going to do, before it does it: clients, layout, memory, traffic and time."""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich import filesize
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from mosaic_jax import parallel
+from mosaic_jax.stages import federation as federations
+from mosaic_jax.stages.federation import Federation, Stage, num_bytes
+
+SHOWN_CLIENTS, COUNTED_CLASSES, COLUMNS = 20, 12, 50
+"""Clients with a row of their own; classes whose images are counted rather than shaded; classes
+that fit side by side when they are shaded."""
+
+SHADES = " ░▒▓█"
+
+
+def plan(federation: Federation, stages: list[Stage], workdir: Path) -> RenderableType:
+    """The clients with their classes, and the facts of the run."""
+    return Group(_clients(federation), _facts(federation, stages, workdir))
+
+
+def _clients(federation: Federation) -> Table:
+    """A row a client: images, share of the model, and its classes counted or as a heat map."""
+    config, counts = federation.config, federation.counts
+    table = Table(
+        title=f"{config.method} on {config.data.name}, alpha {config.partition.alpha:g}, "
+        f"seed {config.seed}"
+    )
+    table.add_column("client", justify="right")
+    table.add_column("images", justify="right")
+    shares, counted = federations.capacities(config), counts.shape[1] <= COUNTED_CLASSES
+    narrow = min(shares) < 1
+    if narrow:
+        table.add_column("share", justify="right", min_width=4)
+    for label in map(str, range(counts.shape[1])) if counted else [_heat_title(counts.shape[1])]:
+        table.add_column(label, justify="right" if counted else "left", no_wrap=True)
+
+    def classes(row: np.ndarray) -> list[str]:
+        return [str(n) if n else "·" for n in row] if counted else [_heat(row, counts.max())]
+
+    for client in range(min(federation.num_clients, SHOWN_CLIENTS)):
+        held = [f"{shares[client]:g}"] if narrow else []
+        table.add_row(str(client), str(counts[client].sum()), *held, *classes(counts[client]))
+    total = counts.sum(axis=0)
+    table.add_section()
+    mean = [f"{np.mean(shares):.2f}"] if narrow else []
+    last = classes(total) if counted else [_heat(total, total.max())]
+    table.add_row(f"all {federation.num_clients}", str(total.sum()), *mean, *last)
+    return table
+
+
+def _heat_title(classes: int) -> str:
+    together = -(-classes // COLUMNS)
+    each = f", {together} to a column" if together > 1 else ""
+    return f"classes 0 to {classes - 1}{each}"
+
+
+def _heat(row: np.ndarray, most: int) -> str:
+    """Images of each class (or of a few neighbours) in four shades of their logarithm."""
+    together = -(-len(row) // COLUMNS)
+    columns = np.pad(row, (0, -len(row) % together)).reshape(-1, together).max(axis=1)
+    levels = np.ceil(4 * np.log1p(columns) / np.log1p(max(most, 1))).astype(int)
+    return "".join(SHADES[level] for level in levels)
+
+
+def _facts(federation: Federation, stages: list[Stage], workdir: Path) -> Table:
+    """One line each."""
+    config, dataset = federation.config, federation.dataset
+    devices = f"{federation.mesh.size} {federation.mesh.devices.flat[0].platform}"
+    variables = federation.shapes(federation.model)
+    size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    lanes = parallel.lanes_for(config.parallel.lanes, federation.num_clients, federation.mesh)
+    down, up = (
+        sum(float(np.mean(getattr(s, way))) for s in stages) for way in ("download", "upload")
+    )
+    facts = {
+        "images": f"{dataset.image_shape}, {len(dataset.train_labels)} for training, "
+        f"{len(dataset.test_labels)} for testing",
+        "model": f"{config.model.name} of width {config.model.width}, {size:,} parameters, "
+        f"{federation.dtype}",
+        "devices": f"{devices} of {jax.process_count()} host(s), "
+        f"{lanes} client(s) at a time on each, {_padding(federation):.0%} of the steps for padding",
+        "memory": f"{_size(num_bytes(federation.data))} of images on every device; "
+        f"{_size(num_bytes(variables))} a model, {_size(_stacks(federation, stages))} of all "
+        "clients' models and generators that are kept",
+        "traffic": f"a client receives {_size(down)} and sends {_size(up)} in all",
+        "stages": ", ".join(f"{stage.name} {stage.blocks}" for stage in stages),
+        "work directory": str(workdir),
+    }
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, text in facts.items():
+        table.add_row(name, text)
+    return table
+
+
+def _size(number: float) -> str:
+    return filesize.decimal(round(number))
+
+
+def _stacks(federation: Federation, stages: list[Stage]) -> int:
+    """Bytes of what outlives a stage for every client: its model and its uploaded generator."""
+    model = num_bytes(federation.shapes(federation.model))
+    names = {stage.name: stage for stage in stages}
+    kept = model if "model_aggregation" in names else 0
+    kept += (
+        int(np.mean(names["generator_optimization"].upload))
+        if "generator_optimization" in names
+        else 0
+    )
+    return federation.num_clients * kept
+
+
+def _padding(federation: Federation) -> float:
+    """Share of a round's client-steps that are padding, over the groups of clients."""
+    lanes, sizes = federation.config.parallel.lanes, [len(g.members) for g in federation.groups]
+    shares = [parallel.padding_share(lanes, size, federation.mesh) for size in sizes]
+    computed = sum(size / (1 - share) for size, share in zip(sizes, shares, strict=True))
+    return 1 - sum(sizes) / computed
+
+
+def measured(federation: Federation, stages: list[Stage]) -> str:
+    """How long the rounds of local training will take, from one that is run and forgotten."""
+    stage, state = stages[0], {"global": federation.initial_variables()}
+    if not stage.blocks:
+        return "no rounds of local training"
+    seconds = []
+    for _ in range(2):  # the first compiles
+        carry = stage.start(state)
+        begin = time.perf_counter()
+        jax.block_until_ready(stage.block(state, carry, 0))
+        seconds.append(time.perf_counter() - begin)
+    each = seconds[1] / max(stage.client_steps, 1)
+    steps = {
+        s.name: s.blocks * s.client_steps
+        for s in stages
+        if s.name in ("local_update", "model_aggregation", "fine_tuning")
+    }
+    return (
+        f"{sum(steps.values()):,} client-steps of local training, about "
+        f"{_duration(each * sum(steps.values()))} at the measured {1e3 * each:.3g} ms each; "
+        f"{seconds[0] - seconds[1]:.0f} s to compile; other stages are not measured"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Rounded as one would say it."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
