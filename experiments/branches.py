@@ -18,7 +18,7 @@ from mosaic_jax import experiment, main
 from mosaic_jax import settings as reader
 from mosaic_jax.config import Config
 from mosaic_jax.metrics import MetricsFile, mean_and_spread
-from mosaic_jax.report import result_rows
+from mosaic_jax.tables import result_rows
 
 Settings = Mapping[str, Any]
 """`{"section.setting": value}`."""

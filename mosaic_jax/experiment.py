@@ -24,6 +24,7 @@ from mosaic_jax import hosts, methods, parallel
 from mosaic_jax.checkpoint import StageCheckpoints
 from mosaic_jax.config import Config
 from mosaic_jax.metrics import MetricsFile, check_clients, check_finite, check_state
+from mosaic_jax.settings import flat
 from mosaic_jax.stages.federation import Federation, Stage, State
 from mosaic_jax.types import PyTree, UserError
 
@@ -74,7 +75,6 @@ def _run(
     hosts.on_first_host(lambda: describe(workdir, federation))
     metrics = MetricsFile(workdir / "metrics.jsonl")
     state: State = {"global": federation.initial_variables()}
-    has_samples = hosts.any_host((workdir / "samples.npz").exists())
     for position, stage in enumerate(stages):
         later = {other.name for other in stages[position + 1 :]}
         checkpoints = StageCheckpoints(workdir / "checkpoints" / stage.name)
@@ -82,8 +82,8 @@ def _run(
             stage, state, federation, checkpoints, metrics, later, watch, is_asked_to_stop
         )
         checkpoints.close()
-        if stage.samples is not None and not has_samples:
-            _save_samples(workdir, stage.samples(state))
+        for name, exhibit in stage.exhibits.items():
+            _exhibit(workdir / f"{name}.npz", exhibit, state)
     hosts.on_first_host(lambda: _save_summary(workdir, summarise(stages, metrics)))
     return state
 
@@ -93,9 +93,12 @@ def _save_summary(workdir: Path, summary: dict[str, Any]) -> None:
     _write(workdir / "summary.json", lambda file: file.write(text.encode()))
 
 
-def _save_samples(workdir: Path, samples: dict[str, np.ndarray]) -> None:
-    save = partial(_save_arrays, samples)
-    hosts.on_first_host(lambda: _write(workdir / "samples.npz", save))
+def _exhibit(path: Path, exhibit: Callable[[State], dict[str, np.ndarray]], state: State) -> None:
+    """Write what the report shows, once; all hosts compute it, the first one writes."""
+    if hosts.any_host(path.exists()):
+        return
+    save = partial(_save_arrays, exhibit(state))
+    hosts.on_first_host(lambda: _write(path, save))
 
 
 def _save_arrays(arrays: dict[str, np.ndarray], file: BinaryIO) -> None:
@@ -226,15 +229,15 @@ def claim(workdir: Path, config: Config) -> None:
             raise UserError(f"{path} is not a config: {error}") from None
         different = [
             name
-            for name in sorted(set(_flat(settings)) | set(_flat(before)))
-            if _flat(settings).get(name) != _flat(before).get(name)
+            for name in sorted(set(flat(settings)) | set(flat(before)))
+            if flat(settings).get(name) != flat(before).get(name)
             and not name.startswith(("parallel.", "run."))
         ]
         if different:
             name = different[0]
             raise UserError(
                 f"{workdir} holds a run of another config ({name}: "
-                f"{_flat(before).get(name)!r} there, {_flat(settings).get(name)!r} here); "
+                f"{flat(before).get(name)!r} there, {flat(settings).get(name)!r} here); "
                 "choose another --workdir"
             )
         return
@@ -270,14 +273,6 @@ def describe(workdir: Path, federation: Federation) -> None:
     }
     text = json.dumps(facts) + "\n"
     _write(workdir / "clients.json", lambda file: file.write(text.encode()))
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    pairs: dict[str, Any] = {}
-    for name, value in settings.items():
-        nested = isinstance(value, dict)
-        pairs |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return pairs
 
 
 def summarise(stages: list[Stage], metrics: MetricsFile) -> dict[str, Any]:

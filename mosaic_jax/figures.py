@@ -1,10 +1,12 @@
 """The figures of a work directory, as PNGs: classes, curves, generator health and samples."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mosaic_jax import figures_models
 from mosaic_jax.record import Run, load
 from mosaic_jax.types import UserError
 
@@ -35,11 +37,15 @@ def figures(workdir: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     run, paths = load(workdir), []
-    wanted = {
+    generators = run.of("generator_optimization")
+    wanted: dict[str, tuple[Callable[[Figure, Run], None], Any]] = {
         "class_histogram.png": (_class_histogram, run.clients),
         "curves.png": (_curves, run.lines),
-        "generator_health.png": (_generator_health, run.of("generator_optimization")),
+        "generator_health.png": (_generator_health, generators),
+        "generator_losses.png": (_generator_losses, generators and run.clients),
         "generator_samples.png": (_generator_samples, run.samples),
+        "confusions.png": (figures_models.confusions, run.answers),
+        "experts.png": (figures_models.experts, run.answers.get("meta_model")),
     }
     with matplotlib.style.context("default"):
         for name, (draw, needed) in wanted.items():
@@ -171,6 +177,11 @@ def _generator_health(figure: "Figure", run: Run) -> None:
     corner.legend(handles=named, loc="center", frameon=False)
     corner.axis("off")
     figure.suptitle(f"Generators of {values.shape[1]} clients; scores are their adversary's")
+
+
+def _generator_losses(figure: "Figure", run: Run) -> None:
+    """The paper's Figures 3 and 4."""
+    figures_models.generator_losses(figure, run, _waves(run.of("generator_optimization")))
 
 
 def _waves(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

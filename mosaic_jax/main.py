@@ -7,6 +7,7 @@ bar, and ends with the result table and figures. Everything it calls can be impo
 import ast
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -83,6 +84,9 @@ def main(argv: list[str]) -> int:
 
         def announce(stages: list[Stage]) -> None:
             console.print(plan.plan(federation, stages, workdir))
+            if hosts.is_first():
+                words = ["python", "-m", "mosaic_jax.main", *argv[1:]]
+                (workdir / "command.txt").write_text(shlex.join(words) + "\n")
 
         with _progress(console) as progress:
             experiment.run(federation, workdir, Watcher(progress), _terminations(), announce)

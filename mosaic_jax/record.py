@@ -21,7 +21,9 @@ class Run:
     lines: list[dict[str, Any]]
     clients: dict[str, Any] | None
     samples: dict[str, np.ndarray] | None
+    answers: dict[str, dict[str, np.ndarray]]
     finished: bool
+    command: str
 
     def of(self, stage: str) -> list[dict[str, Any]]:
         """The lines of one stage."""
@@ -63,8 +65,13 @@ def load(workdir: Path) -> Run:
         config=_read(workdir / "config.json", _read_json),
         lines=_read(workdir / "metrics.jsonl", lambda path: MetricsFile(path).read()) or [],
         clients=_read(workdir / "clients.json", _read_json),
-        samples=_read(workdir / "samples.npz", _read_samples),
+        samples=_read(workdir / "samples.npz", _read_arrays),
+        answers={
+            path.stem.removeprefix("answers_"): _read(path, _read_arrays)
+            for path in sorted(workdir.glob("answers_*.npz"))
+        },
         finished=(workdir / "summary.json").exists(),
+        command=_read(workdir / "command.txt", Path.read_text) or "",
     )
 
 
@@ -80,6 +87,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
-def _read_samples(path: Path) -> dict[str, np.ndarray]:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as samples:
-        return {kind: samples[kind] for kind in ("real", "generated")}
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)

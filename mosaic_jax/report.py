@@ -1,182 +1,36 @@
-"""A work directory -> tables and figures; trains nothing and computes nothing with JAX.
+"""A work directory -> tables, figures and one HTML page; trains nothing, computes nothing with JAX.
 
 `python -m mosaic_jax.report WORKDIR [WORKDIR...]` reads `config.json`, `metrics.jsonl` and, where
-the run has got that far, `clients.json`, `samples.npz` and `summary.json`. Several directories give
-one table of mean and spread. Accuracies are fractions in rows, percent in tables and figures.
+the run has got that far, `clients.json`, `samples.npz`, the models' answers and `summary.json`, and
+writes `report.html` into the directory, or, for several, with a table of mean and spread, where
+`--page` says. Accuracies are fractions in rows, percent in tables and figures.
 """
 
 import argparse
 import io
+import json
 import sys
+from html import escape
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from rich import filesize
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from mosaic_jax import page
 from mosaic_jax.figures import figures
-from mosaic_jax.metrics import mean_and_spread
-from mosaic_jax.record import Run, load
+from mosaic_jax.record import load
+from mosaic_jax.tables import cost_table, mean_table, result_table
 from mosaic_jax.types import UserError
 
-Row = tuple[str, float, float, float | None]
-"""Label; test, local test and (where images are held out) validation accuracy."""
-
-MOSAIC_ROWS = (  # label, stage, prefix of its figures
-    ("global model (FedAvg)", "model_aggregation", "global_"),
-    ("uniform ensemble of experts", "meta_model", "uniform_"),
-    ("MoE teacher", "meta_model", "teacher_"),
-    ("student before distillation", "model_aggregation", "global_"),
-    ("student after distillation", "knowledge_distillation", ""),
-    ("student after fine-tuning", "fine_tuning", ""),
-)
-MEASURES = (
-    "Accuracy in percent. test: the global test set; local test: mean over clients, on test images "
-    "that follow the client's class distribution; validation: held out of the clients' images."
-)
-COST = (
-    "Wall seconds of the compiled blocks, without evaluation and checkpoints; bytes a client "
-    "receives and sends in the whole stage, mean over clients."
-)
-
-
-def result_rows(workdir: Path) -> list[Row]:
-    """The models of a run and their accuracies, as far as the run has come.
-
-    Raises:
-      UserError: see `load`.
-    """
-    return _rows(load(workdir))
-
-
-def _rows(run: Run) -> list[Row]:
-    rounds = run.evaluations("local_update")
-    if run.config.get("method") != "mosaic":
-        own = run.evaluations("local_update", "client_")
-        return _round_rows(rounds, own) if rounds else []
-    found = [(label, run.evaluations(*where)) for label, *where in MOSAIC_ROWS]
-    rows: list[Row] = [(label, *each[-1][1:]) for label, each in found if each]
-    return rows or [("global model, local update so far", *each[1:]) for each in rounds[-1:]]
-
-
-def _round_rows(rounds: list[tuple[Any, ...]], own: list[tuple[Any, ...]]) -> list[Row]:
-    """The global model at its last and best evaluation, and the mean of its last ten.
-
-    `own` are evaluations of models that clients keep for themselves (FedBN).
-    """
-    latest = rounds[-10:]
-    columns = list(zip(*latest, strict=True))[1:]
-    means: list[Any] = [None if None in column else float(np.mean(column)) for column in columns]
-    chosen_on, best = _best(rounds)
-    return [
-        ("global model, last round", *rounds[-1][1:]),
-        (f"global model, best round on {chosen_on}", *best[1:]),
-        (f"global model, mean of last {len(latest)} evaluations", *means),
-        *(("clients' own models, last round", *each[1:]) for each in own[-1:]),
-    ]
-
-
-def _best(rounds: list[tuple[Any, ...]]) -> tuple[str, tuple[Any, ...]]:
-    """What the best evaluation is chosen on (validation where there is any), and the first best."""
-    column = 1 if any(each[3] is None for each in rounds) else 3
-    return "test" if column == 1 else "validation", max(rounds, key=lambda each: each[column])
-
-
-def result_table(workdir: Path) -> Table:
-    """`result_rows` in percent.
-
-    Raises:
-      UserError: see `load`.
-    """
-    run = load(workdir)
-    rounds, text = run.evaluations("local_update"), MEASURES
-    if run.config.get("method") != "mosaic" and rounds:
-        text += f" Best round: {_best(rounds)[1][0]}; last: {rounds[-1][0]}."
-    title = f"{run.title()}, seed {run.config.get('seed')}"
-    table = _table(title, text + run.progress(), "model", "test", "local test", "validation")
-    for label, *accuracies in _rows(run):
-        table.add_row(label, *(_spread_text([accuracy]) for accuracy in accuracies))
-    return table
-
-
-def mean_table(workdirs: list[Path]) -> Table:
-    """Mean and sample standard deviation of each row over several runs, in percent.
-
-    Raises:
-      UserError: see `load`; or a directory is named twice.
-    """
-    if len({path.resolve() for path in workdirs}) < len(workdirs):
-        raise UserError("a work directory is named twice; name each run once")
-    runs = [load(path) for path in workdirs]
-    rows = [row for run in runs for row in _rows(run)]
-    ended = f"{len(runs)} runs, {sum(run.finished for run in runs)} ended"
-    caption = f"{MEASURES} {ended}; settings that differ: {_different(runs)}."
-    title = f"{runs[0].title()}: mean ± sample standard deviation"
-    table = _table(title, caption, "model", "test", "local test", "validation", "runs")
-    for label in dict.fromkeys(row[0] for row in rows):
-        columns = list(zip(*(row[1:] for row in rows if row[0] == label), strict=True))
-        table.add_row(label, *map(_spread_text, columns), str(len(columns[0])))
-    return table
-
-
-def _table(title: str, caption: str, *columns: str) -> Table:
-    table = Table(
-        columns[0],
-        title=escape(title),
-        caption=escape(caption),
-        caption_justify="left",
-        min_width=70,
-    )
-    for name in columns[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _spread_text(accuracies: Any) -> str:
-    if any(accuracy is None for accuracy in accuracies):
-        return "-"
-    mean, spread = mean_and_spread([100 * accuracy for accuracy in accuracies])
-    return f"{mean:.1f} ± {spread:.1f}" if len(accuracies) > 1 else f"{mean:.1f}"
-
-
-def _different(runs: list[Run]) -> str:
-    """Names of the settings in which runs differ; layout and record keeping do not count."""
-    found: dict[str, set[str]] = {}
-    for group, part in ((group, run.config[group]) for run in runs for group in run.config):
-        for name, value in part.items() if isinstance(part, dict) else [("", part)]:
-            found.setdefault(f"{group}.{name}".strip("."), set()).add(repr(value))
-    ignored = ("parallel.", "run.")
-    names = [n for n, values in found.items() if len(values) > 1 and not n.startswith(ignored)]
-    return ", ".join(names) or "none"
-
-
-def cost_table(workdir: Path) -> Table:
-    """Per stage: blocks, wall seconds, and bytes a client receives and sends (mean over clients).
-
-    Raises:
-      UserError: see `load`.
-    """
-    run, totals = load(workdir), np.array([0.0, np.nan, np.nan])
-    columns = ("stage", "blocks", "seconds", "receives", "sends")
-    table = _table("cost", COST + run.progress(), *columns)
-    for stage in dict.fromkeys(line["stage"] for line in run.lines):
-        own = run.of(stage)
-        traffic = [np.mean(own[-1].get(f"{way}_bytes", np.nan)) for way in ("download", "upload")]
-        costs = np.array([sum(line["seconds"] for line in own), *traffic])
-        totals = np.where(np.isnan(costs), totals, costs + np.nan_to_num(totals))
-        table.add_row(stage, str(own[-1]["block"]), *_cost_text(costs))
-    table.add_section()
-    table.add_row("total", "", *_cost_text(totals))
-    return table
-
-
-def _cost_text(costs: np.ndarray) -> list[str]:
-    """Seconds and bytes; a dash for what a stage that has not ended has not noted."""
-    traffic = ["-" if np.isnan(each) else filesize.decimal(round(each)) for each in costs[1:]]
-    return [f"{costs[0]:,.1f}", *traffic]
+CAPTIONS = {
+    "class_histogram": "How many images of each class each client trains on.",
+    "curves": "Test accuracy through the stages, and the loss of each.",
+    "generator_health": "The adversary's scores of real and generated images, the spread of the "
+    "generated ones, and both losses, a line a client.",
+    "generator_losses": "Generator losses against the client's number of images.",
+    "generator_samples": "Real and generated images of each client.",
+    "confusions": "What the final model, the teacher and the experts take each class for.",
+    "experts": "What each class's expert knows, and which expert the teacher follows.",
+}
 
 
 def summary_text(workdir: Path) -> str:
@@ -191,13 +45,14 @@ def summary_text(workdir: Path) -> str:
 
 
 def show(workdir: Path, console: Console) -> None:
-    """Print the tables of one run, draw its figures and print their paths.
+    """Print the tables of one run, draw its figures, and write its page.
 
     Raises:
       UserError: see `load` and `figures`.
     """
     _show_tables(workdir, console)
-    _show_figures(workdir, console)
+    write_page([workdir], workdir / "report.html")
+    _show_path(workdir / "report.html", console)
 
 
 def _show_tables(workdir: Path, console: Console) -> None:
@@ -205,23 +60,59 @@ def _show_tables(workdir: Path, console: Console) -> None:
         console.print(table)
 
 
-def _show_figures(workdir: Path, console: Console) -> None:
-    for path in figures(workdir):
-        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+def _show_path(path: Path, console: Console) -> None:
+    console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+
+def write_page(workdirs: list[Path], path: Path) -> None:
+    """Write one self-contained HTML page on a run, or on several with their mean and spread.
+
+    Raises:
+      UserError: see `load` and `figures`; or the page cannot be written.
+    """
+    first = load(workdirs[0])
+    title = f"{first.title()}" + (f": {len(workdirs)} runs" if len(workdirs) > 1 else "")
+    parts = [page.table(mean_table(workdirs))] if len(workdirs) > 1 else []
+    for workdir in workdirs:
+        parts += _run_parts(workdir)
+    try:
+        path.write_text(page.page(title, parts))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _run_parts(workdir: Path) -> list[str]:
+    """What the page says of one run."""
+    run = load(workdir)
+    drawn = [page.figure(path, CAPTIONS[path.stem]) for path in figures(workdir)]
+    return [
+        page.heading(f"{run.title()}, seed {run.config.get('seed')}"),
+        page.table(result_table(workdir)),
+        *drawn,
+        page.heading("What it cost"),
+        page.table(cost_table(workdir)),
+        page.heading("The same run again"),
+        *([f"<pre>{escape(run.command)}</pre>"] if run.command else []),
+        page.folded("all settings", json.dumps(run.config, indent=1)),
+    ]
 
 
 def main(argv: list[str]) -> int:
     """Report on the work directories named in `argv`; returns the exit status."""
     parser = argparse.ArgumentParser("mosaic_jax.report", description=__doc__.splitlines()[0])
     parser.add_argument("workdir", nargs="+", type=Path, help="--workdir of a run")
-    workdirs, console = parser.parse_args(argv).workdir, Console()
+    parser.add_argument("--page", type=Path, help="where the page goes")
+    arguments, console = parser.parse_args(argv), Console()
+    workdirs = arguments.workdir
     try:
-        if len(workdirs) == 1:
+        if len(workdirs) == 1 and arguments.page is None:
             show(workdirs[0], console)
             return 0
-        console.print(mean_table(workdirs))
-        for workdir in workdirs:
-            _show_figures(workdir, console)
+        if len(workdirs) > 1:
+            console.print(mean_table(workdirs))
+        path = arguments.page or Path("report.html")
+        write_page(workdirs, path)
+        _show_path(path, console)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -174,7 +174,7 @@ def _with_placeholders(node: Any) -> dict[str, Any]:
 
 def names() -> list[str]:
     """All settings, dotted."""
-    return [name for name, _ in _flatten(Config(), "")]
+    return list(flat(dataclasses.asdict(Config())))
 
 
 def unknown(what: str, name: str, known: list[str], prefix: str = "") -> str:
@@ -191,7 +191,7 @@ def from_config_dict(settings: Mapping[str, Any]) -> Config:
       UserError: unknown name, wrong type, value out of range, or settings that contradict.
     """
     config = _build(Config, settings, "")
-    for path, value in _flatten(config, ""):
+    for path, value in flat(dataclasses.asdict(config)).items():
         _check_value(path, value)
     _check_together(config)
     return config
@@ -225,14 +225,13 @@ def _typed(path: str, value: Any, hint: Any) -> Any:
     raise UserError(f"setting {path!r} takes {names}, not {value!r}")
 
 
-def _flatten(node: Any, prefix: str) -> list[tuple[str, Any]]:
-    if not dataclasses.is_dataclass(node):
-        return [(prefix.rstrip("."), node)]
-    return [
-        pair
-        for entry in dataclasses.fields(node)
-        for pair in _flatten(getattr(node, entry.name), f"{prefix}{entry.name}.")
-    ]
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    pairs: dict[str, Any] = {}
+    for name, value in settings.items():
+        nested = isinstance(value, Mapping)
+        pairs |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return pairs
 
 
 def _check_value(path: str, value: Any) -> None:

@@ -27,9 +27,8 @@ SETTINGS = TINY | {
 
 
 @pytest.fixture(autouse=True)
-def quick_to_compile(monkeypatch):
-    """For the processes that are started: what they compute is little."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+def from_the_clone(monkeypatch):
+    """Where the processes that are started find configs and compiled programs."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", CACHE)
     monkeypatch.chdir(ROOT)
 

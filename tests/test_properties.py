@@ -180,7 +180,7 @@ def test_leaving_out_equal_experts_changes_no_logit(counts, seed):
 
 # --- settings ----------------------------------------------------------------------------------
 
-LEAVES = dict(reader._flatten(Config(), ""))
+LEAVES = reader.flat(dataclasses.asdict(Config()))
 
 
 def others(name, value):

@@ -11,29 +11,31 @@ import numpy as np
 
 from mosaic_jax import parallel
 from mosaic_jax.data.clients import to_float
-from mosaic_jax.stages.federation import Federation
+from mosaic_jax.stages.federation import Federation, State
 from mosaic_jax.types import Array, PyTree
 
 CHUNK = parallel.BLOCK
 """Images evaluated at a time; any number gives the same figures."""
 
 
+Predictor = Callable[[PyTree, np.ndarray], np.ndarray]
+
+
 def evaluator(
-    federation: Federation, logits: Callable[[PyTree, Array], Array] | None = None
+    federation: Federation, predict: Predictor | None = None
 ) -> Callable[[PyTree], dict[str, float]]:
-    """Compile `evaluate(variables) -> figures`.
+    """`evaluate(variables) -> figures`.
 
     Args:
       federation: test set, validation part and layout.
-      logits: (variables, images [batch, ...]) -> logits [batch, classes]; the classifier itself
-        if not given.
+      predict: of `predictor`; the classifier's if not given.
 
     Returns:
       A function giving `test_accuracy`, `local_test_accuracy` (mean over clients of the accuracy
       on test images that follow the client's class distribution) and, where a validation part is
       held out, `validation_accuracy`. Accuracies are fractions.
     """
-    predict = predictor(federation, logits)
+    predict = predict or predictor(federation)
     dataset, validation = federation.dataset, federation.validation
 
     def evaluate(variables: PyTree) -> dict[str, float]:
@@ -48,9 +50,26 @@ def evaluator(
     return evaluate
 
 
+def answers(
+    federation: Federation, predict: Predictor, model: str
+) -> Callable[[State], dict[str, np.ndarray]]:
+    """An exhibit: what `state[model]` answers to the test images.
+
+    Returns:
+      `exhibit(state)`: "model" and the true "labels", int16 [test].
+    """
+    dataset = federation.dataset
+
+    def exhibit(state: State) -> dict[str, np.ndarray]:
+        found = predict(state[model], dataset.test_images).argmax(axis=-1)
+        return {"model": found.astype(np.int16), "labels": dataset.test_labels.astype(np.int16)}
+
+    return exhibit
+
+
 def predictor(
     federation: Federation, logits: Callable[[PyTree, Array], Array] | None = None
-) -> Callable[[PyTree, np.ndarray], np.ndarray]:
+) -> Predictor:
     """Compile `predict(variables, images uint8 [n, h, w, c]) -> logits [n, classes]`.
 
     The classifier's chunks of images are spread over the devices; `logits` that are given are

@@ -40,7 +40,7 @@ class Stage:
         array [clients].
       finish: (state, carry) -> state; traceable and cheap.
       evaluate: state after `finish` -> named figures; never feeds back into the run.
-      samples: state after `finish` -> images to look at, uint8 [clients, n, h, w, c] by kind.
+      exhibits: files for the report, by name: state after `finish` -> arrays.
       inspect: a block's metrics on the host -> warnings.
       stacks: entries of the carry whose leaves lead with an axis of clients or models.
       client_steps: optimiser steps of all clients (or of the server) in one block.
@@ -54,7 +54,7 @@ class Stage:
     block: Callable[[State, PyTree, int], tuple[PyTree, Metrics]]
     finish: Callable[[State, PyTree], State]
     evaluate: Callable[[State], dict[str, float]] = field(default=lambda state: {})
-    samples: Callable[[State], dict[str, np.ndarray]] | None = None
+    exhibits: Mapping[str, Callable[[State], dict[str, np.ndarray]]] = field(default_factory=dict)
     inspect: Callable[[Metrics], None] = field(default=lambda metrics: None)
     stacks: frozenset[str] = frozenset()
     client_steps: int = 0

@@ -143,7 +143,7 @@ def train(federation: Federation) -> Stage:
         start=generators.start,
         block=generators.block,
         finish=generators.finish,
-        samples=generators.samples,
+        exhibits={"samples": generators.samples},
         stacks=CARRY | {"frozen"},
         client_steps=generators.settings.block_steps * generators.size,
         upload=num_bytes(generators.upload()),

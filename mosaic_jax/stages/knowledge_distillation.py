@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from mosaic_jax import rng, stacks
 from mosaic_jax.data.clients import crop_and_flip, to_float
 from mosaic_jax.parallel import AXIS
-from mosaic_jax.stages.evaluation import evaluator
+from mosaic_jax.stages.evaluation import answers, evaluator, predictor
 from mosaic_jax.stages.federation import Federation, Metrics, Stage, State
 from mosaic_jax.stages.generator_ensemble import Ensemble, log_class_prior
 from mosaic_jax.stages.generator_losses import diversity_loss
@@ -158,7 +158,8 @@ def distil(federation: Federation) -> Stage:
     settings, student = federation.config.knowledge_distillation, Student(federation)
     everywhere = NamedSharding(federation.mesh, P())
     steps = federation.jit(student.steps, donate_argnums=0, out_shardings=everywhere)
-    evaluate = evaluator(federation)
+    predict = predictor(federation)
+    evaluate = evaluator(federation, predict)
     constants = federation.place(
         {
             "weights": {name: np.float32(getattr(settings, name)) for name in LOSS_WEIGHTS},
@@ -185,6 +186,7 @@ def distil(federation: Federation) -> Stage:
         evaluate=lambda state: evaluate(state["student"]),
         client_steps=settings.block_steps,
         inspect=inspect,
+        exhibits={"answers_knowledge_distillation": answers(federation, predict, "student")},
     )
 
 

@@ -19,7 +19,7 @@ from mosaic_jax import rng
 from mosaic_jax.data.clients import epoch_batch
 from mosaic_jax.models import MetaModel, head_logits
 from mosaic_jax.parallel import AXIS
-from mosaic_jax.stages.evaluation import evaluator
+from mosaic_jax.stages.evaluation import evaluator, predictor
 from mosaic_jax.stages.federation import Federation, Stage, State
 from mosaic_jax.stages.model_aggregation import member_logits, mixture
 from mosaic_jax.types import Array, PyTree, UserError
@@ -160,6 +160,7 @@ class MetaTraining:
 def train(federation: Federation) -> Stage:
     """The meta model's whole training as one compiled call."""
     settings, training = federation.config.meta_model, MetaTraining(federation)
+    fused = Fused(federation)
     everywhere = NamedSharding(federation.mesh, P())
     run = federation.jit(training.run, out_shardings=everywhere)
     rate = federation.place(np.float32(settings.learning_rate))
@@ -175,23 +176,48 @@ def train(federation: Federation) -> Stage:
         start=lambda state: {"params": federation.empty(training.start)["params"]},
         block=block,
         finish=lambda state, carry: state | {"meta": carry},
-        evaluate=_evaluate(federation),
+        evaluate=fused.evaluate,
+        exhibits={"answers_meta_model": fused.answers},
         client_steps=settings.steps,
     )
 
 
-def _evaluate(federation: Federation) -> Callable[[State], dict[str, float]]:
-    figures = {
-        "teacher": evaluator(federation, teacher_logits(federation)),
-        "uniform": evaluator(federation, uniform_logits(federation)),
-    }
+class Fused:
+    """What teacher and plain ensemble answer: figures for the record, answers for the report."""
 
-    def evaluate(state: State) -> dict[str, float]:
-        variables = {"experts": state["experts"], "meta": state["meta"]}
-        return {
-            f"{name}_{figure}": value
-            for name, of in figures.items()
-            for figure, value in of(variables).items()
+    def __init__(self, federation: Federation):
+        self.dataset = federation.dataset
+        logits, mix = member_logits(federation), mixture(federation)
+
+        def of_experts(variables: PyTree, images: Array) -> Array:
+            return mix(logits(variables["experts"], images)).argmax(axis=-1)
+
+        self.teacher = predictor(federation, teacher_logits(federation))
+        self.experts = predictor(federation, of_experts)
+        self.figures = {
+            "teacher": evaluator(federation, self.teacher),
+            "uniform": evaluator(federation, predictor(federation, uniform_logits(federation))),
         }
 
-    return evaluate
+    def evaluate(self, state: State) -> dict[str, float]:
+        """Figures of both, by name."""
+        return {
+            f"{name}_{figure}": value
+            for name, of in self.figures.items()
+            for figure, value in of(_variables(state)).items()
+        }
+
+    def answers(self, state: State) -> dict[str, np.ndarray]:
+        """An exhibit: answers of "teacher" [test] and every class's expert, "experts" [test,
+        experts], to the test images, and the true "labels", int16."""
+        tests, variables = self.dataset.test_images, _variables(state)
+        found = {
+            "teacher": self.teacher(variables, tests).argmax(axis=-1),
+            "experts": self.experts(variables, tests),
+            "labels": self.dataset.test_labels,
+        }
+        return {name: array.astype(np.int16) for name, array in found.items()}
+
+
+def _variables(state: State) -> PyTree:
+    return {"experts": state["experts"], "meta": state["meta"]}

@@ -16,7 +16,7 @@ from mosaic_jax.stages.cohort import (
     round_bytes,
     size_weights,
 )
-from mosaic_jax.stages.evaluation import evaluator
+from mosaic_jax.stages.evaluation import answers, evaluator, predictor
 from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.stages.round import round_function, shared_numbers
@@ -81,7 +81,8 @@ class Rounds:
 
     def stage(self) -> Stage:
         """All of them."""
-        evaluate, download, upload = evaluator(self.federation), *self.traffic()
+        predict, (download, upload) = predictor(self.federation), self.traffic()
+        evaluate = evaluator(self.federation, predict)
         return Stage(
             name=self.name,
             blocks=len(self.rates),
@@ -93,6 +94,7 @@ class Rounds:
             download=download,
             upload=upload,
             stacks=self.STACKS,
+            exhibits={f"answers_{self.name}": answers(self.federation, predict, "global")},
         )
 
     def participants(self, index: int) -> np.ndarray:
