@@ -6,14 +6,11 @@ another config is refused.
 """
 
 import dataclasses
-import fcntl
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,10 +18,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mosaic_jax import hosts, methods, parallel
+from mosaic_jax import workdir as files
 from mosaic_jax.checkpoint import StageCheckpoints
-from mosaic_jax.config import Config
 from mosaic_jax.metrics import MetricsFile, check_clients, check_finite, check_state
-from mosaic_jax.settings import flat
 from mosaic_jax.stages.federation import Federation, Stage, State
 from mosaic_jax.types import PyTree, UserError
 
@@ -58,10 +54,10 @@ def run(
     """
     federation = dataclasses.replace(federation, spill=workdir / "stacks")
     stages = methods.stages(federation.config.method, federation)
-    hosts.on_first_host(lambda: claim(workdir, federation.config))
+    hosts.on_first_host(lambda: files.claim(workdir, federation.config))
     announce(stages)
     with ExitStack() as until_the_end:
-        hosts.on_first_host(lambda: until_the_end.enter_context(in_use(workdir)))
+        hosts.on_first_host(lambda: until_the_end.enter_context(files.in_use(workdir)))
         return _run(stages, federation, workdir, watch, is_asked_to_stop)
 
 
@@ -72,7 +68,7 @@ def _run(
     watch: Watcher,
     is_asked_to_stop: Callable[[], bool],
 ) -> State:
-    hosts.on_first_host(lambda: describe(workdir, federation))
+    hosts.on_first_host(lambda: files.describe(workdir, federation))
     metrics = MetricsFile(workdir / "metrics.jsonl")
     state: State = {"global": federation.initial_variables()}
     for position, stage in enumerate(stages):
@@ -84,33 +80,16 @@ def _run(
         checkpoints.close()
         for name, exhibit in stage.exhibits.items():
             _exhibit(workdir / f"{name}.npz", exhibit, state)
-    hosts.on_first_host(lambda: _save_summary(workdir, summarise(stages, metrics)))
+    hosts.on_first_host(lambda: files.save_summary(workdir, files.summarise(stages, metrics)))
     return state
-
-
-def _save_summary(workdir: Path, summary: dict[str, Any]) -> None:
-    text = json.dumps(summary, indent=1) + "\n"
-    _write(workdir / "summary.json", lambda file: file.write(text.encode()))
 
 
 def _exhibit(path: Path, exhibit: Callable[[State], dict[str, np.ndarray]], state: State) -> None:
     """Write what the report shows, once; all hosts compute it, the first one writes."""
     if hosts.any_host(path.exists()):
         return
-    save = partial(_save_arrays, exhibit(state))
-    hosts.on_first_host(lambda: _write(path, save))
-
-
-def _save_arrays(arrays: dict[str, np.ndarray], file: BinaryIO) -> None:
-    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-
-def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """A file that is there whole or not at all, whenever the program is killed."""
-    fresh = path.with_name(f".{path.name}")
-    with fresh.open("wb") as file:
-        write(file)
-    fresh.replace(path)
+    arrays = exhibit(state)
+    hosts.on_first_host(lambda: files.save_arrays(path, arrays))
 
 
 def run_stage(
@@ -195,6 +174,27 @@ def _resume(
     return 0, stage.start(state)
 
 
+def restore(federation: Federation, workdir: Path) -> tuple[State, tuple[str, ...]]:
+    """What a run's stages have left, up to the first that has not ended, and which have."""
+    federation = dataclasses.replace(federation, spill=workdir / "stacks")
+    state: State = {"global": federation.initial_variables()}
+    ended: list[str] = []
+    for stage in methods.stages(federation.config.method, federation):
+        directory = workdir / "checkpoints" / stage.name
+        if stage.blocks and not directory.is_dir():
+            break
+        done, carry = 0, None
+        if stage.blocks:
+            checkpoints = StageCheckpoints(directory)
+            done, carry = checkpoints.restore(_layout(stage, state, federation)) or (0, None)
+            checkpoints.close()
+        if done < stage.blocks:
+            break
+        state = stage.finish(state, stage.start(state) if carry is None else carry)
+        ended.append(stage.name)
+    return state, tuple(ended)
+
+
 def _layout(stage: Stage, state: State, federation: Federation) -> PyTree:
     """Shapes of what a stage carries, and where on this run's devices they lie."""
 
@@ -210,87 +210,3 @@ def _layout(stage: Stage, state: State, federation: Federation) -> PyTree:
         name: jax.tree.map(lambda leaf, name=name: place(name, leaf), part)
         for name, part in shapes.items()
     }
-
-
-def claim(workdir: Path, config: Config) -> None:
-    """Write `config.json`, or check that the directory's is the same.
-
-    Layout (`parallel`) and record keeping (`run`) may differ: they do not change the method.
-
-    Raises:
-      UserError: the directory belongs to another config; names a setting that differs.
-    """
-    path = workdir / "config.json"
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))  # as it is read back
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not a config: {error}") from None
-        different = [
-            name
-            for name in sorted(set(flat(settings)) | set(flat(before)))
-            if flat(settings).get(name) != flat(before).get(name)
-            and not name.startswith(("parallel.", "run."))
-        ]
-        if different:
-            name = different[0]
-            raise UserError(
-                f"{workdir} holds a run of another config ({name}: "
-                f"{flat(before).get(name)!r} there, {flat(settings).get(name)!r} here); "
-                "choose another --workdir"
-            )
-        return
-    if workdir.exists() and any(workdir.iterdir()) and not (workdir / "checkpoints").exists():
-        raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=1) + "\n"
-    _write(path, lambda file: file.write(text.encode()))
-
-
-@contextmanager
-def in_use(workdir: Path) -> Iterator[None]:
-    """Keeps a second program out of a work directory; the system lets go when the first ends.
-
-    Raises:
-      UserError: another program works there.
-    """
-    with (workdir / "in_use").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another program is running in {workdir}") from None
-        yield
-
-
-def describe(workdir: Path, federation: Federation) -> None:
-    """Write `clients.json`: the data set and how many images of each class a client trains on."""
-    dataset = federation.dataset
-    facts = {
-        "dataset": dataset.name,
-        "classes": dataset.num_classes,
-        "class_counts": federation.counts.tolist(),
-    }
-    text = json.dumps(facts) + "\n"
-    _write(workdir / "clients.json", lambda file: file.write(text.encode()))
-
-
-def summarise(stages: list[Stage], metrics: MetricsFile) -> dict[str, Any]:
-    """Per stage: its last evaluation, wall time, and bytes per client down and up."""
-    lines, summary = metrics.read(), {}
-    for stage in stages:
-        own = [line for line in lines if line["stage"] == stage.name]
-        if not own:
-            continue
-        summary[stage.name] = {
-            "blocks": stage.blocks,
-            "seconds": round(sum(line["seconds"] for line in own), 3),
-            "download_bytes": float(np.mean(own[-1]["download_bytes"])),
-            "upload_bytes": float(np.mean(own[-1]["upload_bytes"])),
-            **{
-                name: value
-                for name, value in own[-1].items()
-                if name.endswith("accuracy") and not isinstance(value, list)
-            },
-        }
-    return summary

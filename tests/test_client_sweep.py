@@ -16,7 +16,7 @@ from conftest import CACHE
 from experiments import client_sweep, sweep_engine, sweep_table
 from experiments.sweep_engine import Job, Local
 from experiments.sweep_table import Cell, Measured
-from mosaic_jax import experiment, record
+from mosaic_jax import record, workdir
 from mosaic_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,9 +74,9 @@ def test_a_job_that_its_engine_cannot_start_does_not_take_the_others_along(tmp_p
 def test_a_directory_in_use_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_engine, "PAUSE", 0.01)
     with (
-        experiment.in_use(tmp_path),
+        workdir.in_use(tmp_path),
         pytest.raises(UserError) as refusal,
-        experiment.in_use(tmp_path),
+        workdir.in_use(tmp_path),
     ):
         pass
     script = (

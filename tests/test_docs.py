@@ -88,6 +88,27 @@ def test_links_of_the_readme_lead_somewhere(link):
     assert (ROOT / link).exists()
 
 
+def test_the_guides_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    """In a directory of its own; what it registers goes away with the test."""
+    from mosaic_jax.data import sources
+    from mosaic_jax.methods import METHODS
+    from mosaic_jax.models import CLASSIFIERS
+
+    for registry in (sources.SOURCES, METHODS, CLASSIFIERS):
+        for name in ("stripes", "small_weights", "perceptron"):
+            monkeypatch.setitem(registry, name, None)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guide.md").read_text(), re.S)
+    names: dict = {"__name__": "guide"}
+    exec(compile(code, "docs/guide.md", "exec"), names)
+    found = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert set(found) == {"student", "teacher", "small_weights"}
+    assert float(found["teacher"]) > 0.6
+    assert float(found["small_weights"]) > 0.6
+    assert names["pictures"].shape == (4, 16, 16, 1)
+    assert (tmp_path / "runs/student.npz").exists()
+
+
 def test_the_check_of_commands_can_fail():
     wrong = "```bash\npython -m mosaic_jax.main --config=configs/digits.py --config.seeed=1\n```"
     with pytest.raises((KeyError, AttributeError)):

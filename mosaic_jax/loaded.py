@@ -1,0 +1,153 @@
+"""A run as objects: its student, teacher, experts and generators, to classify, draw and export.
+
+from mosaic_jax import load_run
+
+run = load_run("runs/digits")
+run.classify(run.federation.dataset.test_images[:5])  # logits of the student
+run.teacher(images); run.experts(images); run.draw(client=0, images=8)
+run.save_student("student.npz")
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from mosaic_jax import experiment, main, rng
+from mosaic_jax import settings as reader
+from mosaic_jax.config import Config
+from mosaic_jax.stages.evaluation import predictor
+from mosaic_jax.stages.federation import Federation, State
+from mosaic_jax.stages.generator_ensemble import build
+from mosaic_jax.stages.meta_model import teacher_logits
+from mosaic_jax.stages.model_aggregation import member_logits, mixture
+from mosaic_jax.types import Array, PyTree, UserError, Variables
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What a run has come to.
+
+    Attributes:
+      federation: clients, their data and the classifier, as the run has them.
+      state: what its stages left: "global", and of Mosaic "clients", "experts", "meta",
+        "generators", "prototypes" and "student", as far as it has come.
+      stages: the names of those that have ended.
+    """
+
+    federation: Federation
+    state: State
+    stages: tuple[str, ...]
+
+    @property
+    def config(self) -> Config:
+        """All settings of the run."""
+        return self.federation.config
+
+    @property
+    def student(self) -> Variables:
+        """The variables of the model the run has come to: `{"params", "batch_stats"}`.
+
+        Rounds after the distillation train the student under the name of the global model.
+        """
+        tuned = "student" not in self.state or "fine_tuning" in self.stages
+        return self._part("global" if tuned else "student")
+
+    def classify(self, images: np.ndarray) -> np.ndarray:
+        """Logits [n, classes] of the student for images, uint8 [n, height, width, channels]."""
+        return self._student_logits(self.student, self._checked(images))
+
+    def teacher(self, images: np.ndarray) -> np.ndarray:
+        """Logits [n, classes] of the mixture of experts for the same.
+
+        Raises:
+          UserError: the run has no teacher (yet).
+        """
+        return self._teacher_logits(self._mixture(), self._checked(images))
+
+    def experts(self, images: np.ndarray) -> np.ndarray:
+        """Logits of every class's expert for the same: [n, experts, classes].
+
+        Raises:
+          UserError: the run has no experts (yet).
+        """
+        variables = {"experts": self._part("experts")}
+        flat = self._expert_logits(variables, self._checked(images))
+        return flat.reshape(len(images), -1, self.federation.dataset.num_classes)
+
+    def draw(self, client: int, images: int, seed: int = 0) -> np.ndarray:
+        """Images of a client's generator, uint8 [images, height, width, channels].
+
+        Raises:
+          UserError: the run has no generators (yet), or no such client.
+        """
+        generators = self._part("generators")
+        if not 0 <= client < self.federation.num_clients:
+            raise UserError(f"there are clients 0 to {self.federation.num_clients - 1}")
+        own = jax.tree.map(lambda leaf: leaf[client], generators)
+        key = rng.key(seed, "draw", client=client)
+        latent = self.config.generator_optimization.latent
+        drawn = build(self.federation).apply(own, jax.random.normal(key, (images, latent)))
+        return np.rint((np.asarray(drawn) + 1) * 127.5).astype(np.uint8)
+
+    def save_student(self, path: str | Path) -> None:
+        """Write the student's arrays as `.npz`, named like "params/head/kernel"."""
+        arrays = flatten_dict(jax.device_get(self.student), sep="/")
+        np.savez(path, **arrays)
+
+    def _part(self, name: str) -> PyTree:
+        if name not in self.state:
+            raise UserError(
+                f"the run has no {name!r}; it has come to {', '.join(self.stages) or 'nothing'}"
+            )
+        return self.state[name]
+
+    def _mixture(self) -> PyTree:
+        return {"experts": self._part("experts"), "meta": self._part("meta")}
+
+    def _checked(self, images: np.ndarray) -> np.ndarray:
+        shape = self.federation.dataset.image_shape
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            raise UserError(
+                f"images are uint8 [n, {', '.join(map(str, shape))}], not {images.dtype} "
+                f"{list(images.shape)}"
+            )
+        return images
+
+    @cached_property
+    def _student_logits(self):  # type: ignore[no-untyped-def]
+        return predictor(self.federation)
+
+    @cached_property
+    def _teacher_logits(self):  # type: ignore[no-untyped-def]
+        return predictor(self.federation, teacher_logits(self.federation))
+
+    @cached_property
+    def _expert_logits(self):  # type: ignore[no-untyped-def]
+        logits, mix = member_logits(self.federation), mixture(self.federation)
+
+        def flat(variables: PyTree, images: Array) -> Array:
+            found = mix(logits(variables["experts"], images))
+            return found.reshape(len(images), -1)
+
+        return predictor(self.federation, flat)
+
+
+def load_run(workdir: str | Path) -> LoadedRun:
+    """Load what a run has come to; trains nothing.
+
+    Raises:
+      UserError: the directory holds no run, or its data set is missing.
+    """
+    workdir = Path(workdir)
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir} holds no run (no config.json)")
+    config = reader.from_config_dict(json.loads(path.read_text()))
+    federation = main.prepare(config)
+    state, ended = experiment.restore(federation, workdir)
+    return LoadedRun(federation, state, ended)

@@ -1,0 +1,124 @@
+"""The files of a work directory, which is a run: who may use it, what it says of the run.
+
+`config.json`, `clients.json`, `in_use`, `summary.json` and the exhibits; each appears whole or not
+at all.
+"""
+
+import dataclasses
+import fcntl
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mosaic_jax.config import Config
+from mosaic_jax.metrics import MetricsFile
+from mosaic_jax.settings import flat
+from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.types import UserError
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Write `config.json`, or check that the directory's is the same.
+
+    Layout (`parallel`) and record keeping (`run`) may differ: they do not change the method.
+
+    Raises:
+      UserError: the directory belongs to another config; names a setting that differs.
+    """
+    path = workdir / "config.json"
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))  # as it is read back
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not a config: {error}") from None
+        different = [
+            name
+            for name in sorted(set(flat(settings)) | set(flat(before)))
+            if flat(settings).get(name) != flat(before).get(name)
+            and not name.startswith(("parallel.", "run."))
+        ]
+        if different:
+            name = different[0]
+            raise UserError(
+                f"{workdir} holds a run of another config ({name}: "
+                f"{flat(before).get(name)!r} there, {flat(settings).get(name)!r} here); "
+                "choose another --workdir"
+            )
+        return
+    if workdir.exists() and any(workdir.iterdir()) and not (workdir / "checkpoints").exists():
+        raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings, indent=1) + "\n"
+    _write(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def in_use(workdir: Path) -> Iterator[None]:
+    """Keeps a second program out of a work directory; the system lets go when the first ends.
+
+    Raises:
+      UserError: another program works there.
+    """
+    with (workdir / "in_use").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another program is running in {workdir}") from None
+        yield
+
+
+def describe(workdir: Path, federation: Federation) -> None:
+    """Write `clients.json`: the data set and how many images of each class a client trains on."""
+    dataset = federation.dataset
+    facts = {
+        "dataset": dataset.name,
+        "classes": dataset.num_classes,
+        "class_counts": federation.counts.tolist(),
+    }
+    text = json.dumps(facts) + "\n"
+    _write(workdir / "clients.json", lambda file: file.write(text.encode()))
+
+
+def summarise(stages: list[Stage], metrics: MetricsFile) -> dict[str, Any]:
+    """Per stage: its last evaluation, wall time, and bytes per client down and up."""
+    lines, summary = metrics.read(), {}
+    for stage in stages:
+        own = [line for line in lines if line["stage"] == stage.name]
+        if not own:
+            continue
+        summary[stage.name] = {
+            "blocks": stage.blocks,
+            "seconds": round(sum(line["seconds"] for line in own), 3),
+            "download_bytes": float(np.mean(own[-1]["download_bytes"])),
+            "upload_bytes": float(np.mean(own[-1]["upload_bytes"])),
+            **{
+                name: value
+                for name, value in own[-1].items()
+                if name.endswith("accuracy") and not isinstance(value, list)
+            },
+        }
+    return summary
+
+
+def save_summary(workdir: Path, summary: dict[str, Any]) -> None:
+    """Write `summary.json`, the sign that a run has ended."""
+    text = json.dumps(summary, indent=1) + "\n"
+    _write(workdir / "summary.json", lambda file: file.write(text.encode()))
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays as `.npz`."""
+    _write(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
+
+
+def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """A file that is there whole or not at all, whenever the program is killed."""
+    fresh = path.with_name(f".{path.name}")
+    with fresh.open("wb") as file:
+        write(file)
+    fresh.replace(path)
