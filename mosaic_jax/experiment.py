@@ -58,6 +58,7 @@ def run(
     announce(stages)
     with ExitStack() as until_the_end:
         hosts.on_first_host(lambda: until_the_end.enter_context(files.in_use(workdir)))
+        hosts.check_agreement("work directories", lambda: files.token(workdir))
         return _run(stages, federation, workdir, watch, is_asked_to_stop)
 
 
@@ -71,11 +72,22 @@ def _run(
     hosts.on_first_host(lambda: files.describe(workdir, federation))
     metrics = MetricsFile(workdir / "metrics.jsonl")
     state: State = {"global": federation.initial_variables()}
+    exhibits = {stage.name: list(stage.exhibits) for stage in stages}
+
+    def forget(names: set[str]) -> None:
+        """What stages made of an earlier one that is being made anew."""
+
+        def remove() -> None:
+            for name in names:
+                files.forget(workdir, name, exhibits[name])
+
+        hosts.on_first_host(remove)
+
     for position, stage in enumerate(stages):
         later = {other.name for other in stages[position + 1 :]}
         checkpoints = StageCheckpoints(workdir / "checkpoints" / stage.name)
         state = run_stage(
-            stage, state, federation, checkpoints, metrics, later, watch, is_asked_to_stop
+            stage, state, federation, checkpoints, metrics, later, forget, watch, is_asked_to_stop
         )
         checkpoints.close()
         for name, exhibit in stage.exhibits.items():
@@ -99,6 +111,7 @@ def run_stage(
     checkpoints: StageCheckpoints,
     metrics: MetricsFile,
     later: set[str],
+    forget: Callable[[set[str]], None],
     watch: Watcher,
     is_asked_to_stop: Callable[[], bool],
 ) -> State:
@@ -108,6 +121,7 @@ def run_stage(
         done, carry = _resume(stage, state, federation, checkpoints)
     finished = done == stage.blocks and done > 0
     if not finished:
+        forget(later)
         metrics.keep(
             lambda line: (
                 line["stage"] not in later
@@ -149,9 +163,11 @@ def _in_memory(stage: Stage, federation: Federation) -> Iterator[None]:
             raise
         asked = federation.config.parallel.lanes
         lanes = parallel.lanes_for(asked, federation.num_clients, federation.mesh)
-        remedy = (
-            f"--config.parallel.lanes={lanes // 2}" if lanes > 1 else "--config.parallel.memory_gib"
-        )
+        remedy = "a smaller batch or model"
+        if lanes > 1:
+            remedy = f"--config.parallel.lanes={lanes // 2}"
+        elif stage.name in ("model_aggregation", "generator_optimization"):
+            remedy = "--config.parallel.memory_gib"
         raise UserError(
             f"stage {stage.name} does not fit into a device's memory with {lanes} client(s) at a "
             f"time; try {remedy} ({reason})"

@@ -24,6 +24,9 @@ HEALTH = {
     "generator_loss": "generator loss",
     "adversary_loss": "adversary loss",
 }
+DRAWN_CLIENTS = 200
+"""Clients with a line of their own; medians are of all."""
+
 HISTOGRAM_CLIENTS, SAMPLE_CLIENTS, NAMED_CLIENTS, SAMPLE_IMAGES = 100, 12, 10, 8
 
 
@@ -158,7 +161,7 @@ def _generator_health(figure: "Figure", run: Run) -> None:
     *panels, corner = figure.subplots(2, 3).flat
     for axis, (name, title) in zip(panels, HEALTH.items(), strict=True):
         values = np.hstack([[line[name] for line in wave] for wave in waves])
-        for client, own in enumerate(values.T):
+        for client, own in enumerate(values.T[:DRAWN_CLIENTS]):
             look = (
                 {"label": f"client {client}"}
                 if values.shape[1] <= NAMED_CLIENTS

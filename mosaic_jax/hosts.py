@@ -166,7 +166,7 @@ def on_first_host(action: Callable[[], object]) -> None:
         try:
             action()
         except (UserError, OSError) as error:
-            message = str(error)
+            message = str(error) or type(error).__name__
     buffer = np.zeros(MESSAGE_BYTES, np.uint8)
     text = np.frombuffer(message.encode()[:MESSAGE_BYTES], np.uint8)
     buffer[: len(text)] = text

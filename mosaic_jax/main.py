@@ -74,7 +74,6 @@ def main(argv: list[str]) -> int:
         console = Console(quiet=not hosts.is_first())
         workdir = Path(WORKDIR.value or f"runs/{config.data.name}")
         hosts.check_agreement("settings", lambda: f"{config}")
-        hosts.check_agreement("a work directory", lambda: f"{workdir}")
         federation = prepare(config)
         if PLAN.value:
             stages = methods.stages(config.method, federation)

@@ -83,7 +83,7 @@ def _facts(federation: Federation, stages: list[Stage], workdir: Path) -> Table:
         "images": f"{dataset.image_shape}, {len(dataset.train_labels)} for training, "
         f"{len(dataset.test_labels)} for testing",
         "model": f"{config.model.name} of width {config.model.width}, {size:,} parameters, "
-        f"{federation.dtype}",
+        f"{config.model.dtype}",
         "devices": f"{devices} of {jax.process_count()} host(s), "
         f"{lanes} client(s) at a time on each, {_padding(federation):.0%} of the steps for padding",
         "memory": f"{_size(num_bytes(federation.data))} of images on every device; "

@@ -4,6 +4,8 @@ A stack there is a pytree of memory-mapped arrays: stages index it like any othe
 only the rows they ask for are read.
 """
 
+import os
+import zlib
 from pathlib import Path
 
 import jax
@@ -13,7 +15,11 @@ from mosaic_jax.types import PyTree
 
 
 def create(directory: Path, like: PyTree, count: int) -> PyTree:
-    """The stack of `count` rows of these shapes in a directory, as it is there, or of zeros."""
+    """The stack of `count` rows of these shapes in a directory, as it is there, or of zeros.
+
+    Raises:
+      OSError: the disk has no room for it.
+    """
     leaves, structure = jax.tree.flatten(like)
     directory.mkdir(parents=True, exist_ok=True)
     arrays = [
@@ -24,11 +30,16 @@ def create(directory: Path, like: PyTree, count: int) -> PyTree:
 
 
 def _opened(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    if path.exists():
+    try:
         array = np.load(path, mmap_mode="r+")
         if array.shape == shape and array.dtype == dtype:
             return array
-    return np.lib.format.open_memmap(path, "w+", dtype, shape)
+    except (OSError, ValueError, EOFError):  # not there, or cut off before it was whole
+        pass
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with path.open("r+b") as file:  # now, or a full disk would be met as a crash later
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def write(stack: PyTree, start: int, rows: PyTree) -> None:
@@ -40,6 +51,14 @@ def write(stack: PyTree, start: int, rows: PyTree) -> None:
         array.flush()  # type: ignore[attr-defined]
 
     jax.tree.map(put, stack, rows)
+
+
+def checksum(stack: PyTree, start: int, count: int) -> int:
+    """CRC-32 of `count` rows from number `start` on, never 0."""
+    crc = 0
+    for array in jax.tree.leaves(stack):
+        crc = zlib.crc32(np.ascontiguousarray(array[start : start + count]).data, crc)
+    return crc or 1
 
 
 def rows(stack: PyTree, numbers: np.ndarray | int) -> PyTree:

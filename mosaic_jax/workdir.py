@@ -7,6 +7,8 @@ at all.
 import dataclasses
 import fcntl
 import json
+import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,12 +66,31 @@ def in_use(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: another program works there.
     """
-    with (workdir / "in_use").open("w") as file:
+    with (workdir / "in_use").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another program is running in {workdir}") from None
+        file.truncate(0)
+        file.write(secrets.token_hex())
+        file.flush()
         yield
+
+
+def token(workdir: Path) -> str:
+    """What the program that uses the directory has written there; empty if it is not to be seen.
+
+    Hosts that read the same share the directory.
+    """
+    path = workdir / "in_use"
+    return path.read_text() if path.exists() else ""
+
+
+def forget(workdir: Path, stage: str, exhibits: list[str]) -> None:
+    """Remove a stage's checkpoints and exhibits, and the sign that the run has ended."""
+    shutil.rmtree(workdir / "checkpoints" / stage, ignore_errors=True)
+    for name in (*(f"{exhibit}.npz" for exhibit in exhibits), "summary.json"):
+        (workdir / name).unlink(missing_ok=True)
 
 
 def describe(workdir: Path, federation: Federation) -> None:

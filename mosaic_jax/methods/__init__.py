@@ -1,6 +1,6 @@
 """Methods: each module lists, in `stages(federation)`, which stages run in which order."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from mosaic_jax.methods import (
     dense,
@@ -63,7 +63,7 @@ FIXED = {key: {"submodel.scheme"} for key in ("heterofl", "fedrolex", "federated
 """Settings that a method's definition leaves no choice of."""
 
 
-def check_used(name: str, given: Iterable[str]) -> None:
+def check_used(name: str, given: Sequence[str]) -> None:
     """Refuse settings that a user gives and the method does not read.
 
     Args:
@@ -74,6 +74,10 @@ def check_used(name: str, given: Iterable[str]) -> None:
       UserError: naming the setting and the sections the method has.
     """
     own = OWN.get(name, set())
+    if name != "mosaic" and "parallel.memory_gib" in given:
+        raise UserError(
+            f"method {name!r} does not use 'parallel.memory_gib': it keeps no client's model"
+        )
     for setting in given:
         section, _, rest = setting.partition(".")
         if setting in FIXED.get(name, set()) or (rest and section not in EVERY | own):

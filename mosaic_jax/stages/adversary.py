@@ -27,7 +27,7 @@ class Adversary:
             channels=channels,
             width=self.settings.adversary_width,
             form=federation.config.model.conv,
-            dtype=federation.dtype,
+            dtype=federation.config.model.dtype,
         )
 
     @property

@@ -5,6 +5,7 @@ is one box of the paper's Figure 1 cut into compiled blocks: the experiment runs
 without knowing what it does. Between stages runs a `State`, a plain dict of named pytrees.
 """
 
+import dataclasses
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,11 +121,6 @@ class Federation:
         return min(self.config.local_update.batch_size, int(self.counts.sum(axis=1).max()))
 
     @property
-    def dtype(self) -> str:
-        """Type that classifier, generator and discriminator compute in; all weights are float32."""
-        return _dtype(self.config, self.mesh)
-
-    @property
     def has_submodels(self) -> bool:
         """Whether some client holds less than the whole model."""
         return any(group.capacity < 1 for group in self.groups)
@@ -133,12 +129,14 @@ class Federation:
         """Clients whose stacks of so many bytes each fit at a time: all, or a bounded number.
 
         Raises:
-          UserError: not even one a device.
+          UserError: not even one a device, or several hosts, of which each would have its own disk.
         """
         layout, count = self.config.parallel, self.num_clients
         room, devices = int(layout.memory_gib * 2**30), self.mesh.size
-        if not room or count * bytes_each <= room:
+        if not layout.memory_gib or count * bytes_each <= room:
             return count
+        if jax.process_count() > 1:
+            raise UserError("parallel.memory_gib needs a single host; more hosts hold more clients")
         if room < devices * bytes_each:
             raise UserError(
                 f"parallel.memory_gib = {layout.memory_gib:g} has no room for one client on each "
@@ -226,6 +224,9 @@ def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
     Raises:
       UserError: a partition that cannot be made, or an unknown model.
     """
+    dtype = _dtype(config, mesh)
+    # As it is, for the record: a run goes on in the type it has begun in.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     split, classes = config.partition, dataset.num_classes
     seed = config.seed if split.seed is None else split.seed
     whole = partition(
@@ -242,7 +243,7 @@ def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
         mean=dataset.mean,
         std=dataset.std,
         form=config.model.conv,
-        dtype=_dtype(config, mesh),
+        dtype=dtype,
     )
     data = {"images": dataset.train_images, "labels": dataset.train_labels}
     return Federation(

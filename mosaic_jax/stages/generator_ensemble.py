@@ -26,7 +26,7 @@ def build(federation: Federation, latent: int | None = None) -> Generator:
         width=settings.width,
         latent=latent or settings.latent,
         form=federation.config.model.conv,
-        dtype=federation.dtype,
+        dtype=federation.config.model.dtype,
     )
 
 

@@ -6,6 +6,7 @@ its end after the other, and the uploads lie in the work directory.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import jax
@@ -45,6 +46,7 @@ class Generators:
         self.waves = -(-federation.num_clients // self.size)
         self.blocks = self.settings.steps // self.settings.block_steps
         self.models = client_models(federation)
+        self.checked: set[int] = set()
         self.start_all = federation.jit(_spread(federation, federation.map(self.client.start)))
         self.block_all = federation.jit(
             _spread(federation, _paired(federation.map(self.client.block))), donate_argnums=2
@@ -73,33 +75,50 @@ class Generators:
         """What a wave of clients carries before its first step."""
         frozen = self.models(state, self.members(wave))
         carry = self.start_all(self.shared, self.lists(wave) | {"frozen": frozen})
-        return carry | ({} if self.waves == 1 else {"frozen": frozen})
+        if self.waves == 1:
+            return carry
+        return carry | {"frozen": frozen, "uploaded": np.zeros(self.waves, np.uint32)}
 
     def block(self, state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
         """A block of a wave's steps; the wave's last one uploads."""
         wave, number = divmod(index, self.blocks)
         if wave and not number:
-            carry = self.start(state, wave)
-        own = {"frozen": carry["frozen"]} if self.waves > 1 else {}
-        frozen = own or {"frozen": state["clients"]}
+            carry = self.start(state, wave) | {"uploaded": carry["uploaded"]}
+        frozen = state["clients"] if self.waves == 1 else carry["frozen"]
         first = np.int32(number * self.settings.block_steps)
         shared = self.shared | {"first_step": self.federation.place(first)}
         training = {name: part for name, part in carry.items() if name in CARRY}
-        after, metrics = self.block_all(shared, self.lists(wave) | frozen, training)
-        if self.waves > 1:
-            if number + 1 == self.blocks:
-                uploads = parallel.to_host(self.upload_all(after))
-                stacks.write(self.uploads(), wave * self.size, uploads)
-            clients = np.unique(self.members(wave))
-            metrics = {name: values[: len(clients)] for name, values in metrics.items()}
-            metrics |= {"clients": clients}
-        return after | own, metrics
+        after, metrics = self.block_all(shared, self.lists(wave) | {"frozen": frozen}, training)
+        if self.waves == 1:
+            return after, metrics
+        uploaded = np.array(carry["uploaded"])
+        if number + 1 == self.blocks:
+            uploaded[wave] = self.send(after, wave)
+        clients = np.unique(self.members(wave))
+        metrics = {name: values[: len(clients)] for name, values in metrics.items()}
+        return after | {"frozen": frozen, "uploaded": uploaded}, metrics | {"clients": clients}
+
+    def send(self, carry: PyTree, wave: int) -> int:
+        """Put a wave's uploads into the work directory; their checksum."""
+        start, uploads = wave * self.size, self.uploads()
+        stacks.write(uploads, start, parallel.to_host(self.upload_all(carry)))
+        self.checked.add(wave)
+        return stacks.checksum(uploads, start, self.size)
 
     def finish(self, state: State, carry: PyTree) -> State:
         """Leaves "generators" [clients, ...] in the state."""
-        if self.waves > 1:
-            return state | {"generators": self.uploads()}
-        return state | {"generators": self.upload_all(carry)}
+        if self.waves == 1:
+            return state | {"generators": self.upload_all(carry)}
+        uploads = self.uploads()
+        for wave, crc in enumerate(np.asarray(carry["uploaded"])):
+            if crc and wave not in self.checked:
+                if stacks.checksum(uploads, wave * self.size, self.size) != crc:
+                    raise UserError(
+                        f"{self.directory()} is damaged or gone; delete the run's checkpoints of "
+                        "generator_optimization to train the generators anew"
+                    )
+                self.checked.add(wave)
+        return state | {"generators": uploads}
 
     def upload(self) -> Variables:
         """Shapes of what a client sends."""
@@ -110,12 +129,15 @@ class Generators:
         """The uploads of all clients in the work directory.
 
         Raises:
-          UserError: there is none, or several hosts would each have their own.
+          UserError: there is none.
         """
-        federation = self.federation
-        if federation.spill is None or jax.process_count() > 1:
-            raise UserError("parallel.memory_gib needs a work directory and a single host")
-        return stacks.create(federation.spill / "generators", self.upload(), federation.num_clients)
+        return stacks.create(self.directory(), self.upload(), self.federation.num_clients)
+
+    def directory(self) -> Path:
+        """Where they lie."""
+        if self.federation.spill is None:
+            raise UserError("parallel.memory_gib needs a work directory")
+        return self.federation.spill / "generators"
 
     def samples(self, state: State) -> dict[str, np.ndarray]:
         """Some generated and some real images of the first clients, for the eye."""
@@ -132,6 +154,21 @@ class Generators:
             "generated": np.rint((images + 1) * 127.5).astype(np.uint8),
             "real": federation.dataset.train_images[real],
         }
+
+
+def check_room(federation: Federation, together: int) -> None:
+    """Check that so many uploads have room at a time, if they lie in the work directory.
+
+    Raises:
+      UserError: they have not; says how many have.
+    """
+    generators, room = Generators(federation), federation.config.parallel.memory_gib * 2**30
+    most = int(room // num_bytes(generators.upload()))
+    if generators.waves > 1 and together > most:
+        raise UserError(
+            f"a block of the distillation asks {together} generators, but parallel.memory_gib has "
+            f"room for {most}; lower knowledge_distillation.block_steps or generators_per_step"
+        )
 
 
 def train(federation: Federation) -> Stage:

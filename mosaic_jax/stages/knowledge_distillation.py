@@ -22,6 +22,7 @@ from mosaic_jax.stages.evaluation import answers, evaluator, predictor
 from mosaic_jax.stages.federation import Federation, Metrics, Stage, State
 from mosaic_jax.stages.generator_ensemble import Ensemble, log_class_prior
 from mosaic_jax.stages.generator_losses import diversity_loss
+from mosaic_jax.stages.generator_optimization import check_room
 from mosaic_jax.stages.meta_model import teacher_logits
 from mosaic_jax.types import Array, PyTree, Variables
 
@@ -59,9 +60,11 @@ class Student:
     def __init__(self, federation: Federation):
         self.federation, self.settings = federation, federation.config.knowledge_distillation
         self.teacher = teacher_logits(federation)
-        self.ensemble = Ensemble(federation, self.settings.images_per_generator)
         self.log_prior = class_prior(federation)
-        self.chosen = federation.jit(jax.vmap(self.ensemble.chosen))
+        if self.settings.images == "generated":
+            self.ensemble = Ensemble(federation, self.settings.images_per_generator)
+            self.chosen = federation.jit(jax.vmap(self.ensemble.chosen))
+            check_room(federation, self.ensemble.blocks * self.settings.block_steps)
         self.optimizer = optax.scale_by_adam()
         self.schedule = optax.cosine_decay_schedule(1.0, self.settings.steps)
         self.over_devices = NamedSharding(federation.mesh, P(AXIS))
@@ -131,9 +134,10 @@ class Student:
         return self.ensemble.draw(generators, clients, key), prior
 
     def real_images(self, data: PyTree, key: Array) -> Array:
-        """As many of the clients' own images: the oracle's."""
+        """The oracle's: `images_per_generator` for each client, of all clients' own."""
         positions = jnp.asarray(np.concatenate(self.federation.indices))
-        augment, batch = self.federation.config.data, len(self.ensemble.block)
+        augment = self.federation.config.data
+        batch = self.settings.images_per_generator * self.federation.num_clients
         chosen = jax.random.choice(rng.fold(key, 0), positions, (batch,))
         images = to_float(data["images"][chosen])
         return crop_and_flip(images, rng.fold(key, 1), augment.crop_padding, augment.flip)
