@@ -96,7 +96,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> None:
 def differences(workdir: Path, truth: Path) -> dict[str, tuple[float, float]]:
     """Per stage: largest relative difference of its figures, and of accuracies in points."""
     found: dict[str, tuple[float, float]] = {}
-    lines = zip(MetricsFile(workdir / "metrics.jsonl").read(), read(truth), strict=True)
+    lines = zip(read(workdir), read(truth), strict=True)
     for line, true in lines:
         relative, points = found.get(line["stage"], (0.0, 0.0))
         for name in set(true) - {"stage", "block", "seconds"}:
@@ -137,13 +137,13 @@ if __name__ == "__main__":
     )
     parser.add_argument("--root", type=Path, default=Path("runs/hosts"))
     arguments = parser.parse_args()
-    names = {layout: arguments.root / "x".join(map(str, layout)) for layout in LAYOUTS}
-    for (hosts, devices), workdir in names.items():
+    paths = {layout: arguments.root / "x".join(map(str, layout)) for layout in LAYOUTS}
+    for (hosts, devices), workdir in paths.items():
         if not (workdir / "summary.json").exists():
             finish(start(SHORT, workdir, hosts, devices))
     one, *others = LAYOUTS
-    stages = list(dict.fromkeys(line["stage"] for line in read(names[one])))
-    found = {layout: differences(names[layout], names[one]) for layout in others}
+    stages = list(dict.fromkeys(line["stage"] for line in read(paths[one])))
+    found = {layout: differences(paths[layout], paths[one]) for layout in others}
     head = ["stage", *(f"{hosts} hosts x {devices}" for hosts, devices in others)]
     body = [
         [stage, *("{:.0e}, {:.1f}".format(*found[layout][stage]) for layout in others)]

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from mosaic_jax import checkpoint
-from mosaic_jax.checkpoint import KEPT, StageCheckpoints
+from mosaic_jax.checkpoint import KEPT, StageCheckpoints, checksum
 from mosaic_jax.types import UserError
 
 OPTIMIZER = optax.chain(optax.add_decayed_weights(1e-4), optax.adam(1e-3))
@@ -206,3 +206,28 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/stage cannot be written: .*; those before it are"):
         StageCheckpoints(tmp_path / "file" / "stage")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda a: a * np.where(np.arange(a.size) < 2, -1, 1),  # two signs
+        lambda a: -a,
+        lambda a: np.roll(a, 256),
+        lambda a: np.where(np.arange(a.size) == 3, np.nextafter(a, np.float32(9)), a),
+        lambda a: np.concatenate([a[256:257], a[1:256], a[:1], a[257:]]),  # two places
+    ],
+)
+def test_the_checksum_sees_numbers_that_change_or_move(damage):
+    array = np.tile(np.array([1.0, 2.0], np.float32), 256)
+    array[256:] = 3 - array[256:]
+    changed = damage(array).astype(np.float32)
+    assert (changed != array).any()
+    assert checksum({"a": changed}) != checksum({"a": array})
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint32, np.float32, jnp.bfloat16])
+def test_the_checksum_is_of_any_type_and_shape(dtype):
+    shapes = ((), (2, 3), (3, 2), (0,))
+    assert len({checksum([np.zeros(shape, dtype)]) for shape in shapes}) == 4
+    assert checksum([np.ones(3, dtype)]) != checksum([np.zeros(3, dtype)])

@@ -235,7 +235,9 @@ def test_nothing_that_is_not_finite_is_saved(make_federation, tmp_path, monkeypa
     assert [path.name for path in saved.iterdir() if path.name.isdigit()] == ["1"]
 
 
-@pytest.mark.parametrize(("lanes", "remedy"), [(2, "parallel.lanes=1"), (1, "parallel.memory_gib")])
+@pytest.mark.parametrize(
+    ("lanes", "remedy"), [(2, "parallel.lanes=1"), (1, "a smaller batch or model")]
+)
 def test_a_stage_without_memory_says_what_to_change(
     make_federation, tmp_path, monkeypatch, lanes, remedy
 ):

@@ -81,12 +81,30 @@ def test_two_hosts_give_the_metrics_of_one(tmp_path):
     assert (two / "figures").exists()
 
 
+def wait_for_round(number: int, process: subprocess.Popen, workdir: Path) -> None:
+    while not (workdir / "checkpoints" / "local_update" / str(number)).exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def test_hosts_that_do_not_share_a_work_directory_end_with_one_line_each(tmp_path, monkeypatch):
+    where = [f"--coordinator=127.0.0.1:{free_port()}", "--hosts=2"]
+    started = [start(tmp_path / str(i), 1, *where, f"--host={i}") for i in (0, 1)]
+    for status, _, errors in ended(*started):
+        assert status == 2
+        assert error(errors) == ["error: hosts 1 have other work directories than host 0"]
+
+
 def test_a_lost_host_ends_the_run_and_one_host_resumes_it(tmp_path):
     run = {"local_update__rounds": 5000}
     first, second = pair(tmp_path / "run", 2, run, run)
-    while not (tmp_path / "run" / "checkpoints" / "local_update" / "3").exists():
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.1)
+    wait_for_round(3, first, tmp_path / "run")
+    second.send_signal(signal.SIGTERM)  # told to one, it stops both
+    for status, _, errors in ended(first, second):
+        assert status == 143, errors
+    stopped = len(lines(tmp_path / "run"))
+    first, second = pair(tmp_path / "run", 2, run, run)
+    wait_for_round(stopped + 3, first, tmp_path / "run")
     second.kill()
     lost = time.monotonic()
     [(status, _, errors)] = ended(first)

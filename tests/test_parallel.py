@@ -1,8 +1,10 @@
 """The client engine: every layout gives the numbers of the plain loop, and nothing is wasted."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 from devices8 import ROUND, inputs, one_round, reduced, split_batch, train
 
 from mosaic_jax import parallel
+from mosaic_jax.stages.federation import compute_type
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.stages.rounds import Rounds
 from mosaic_jax.types import UserError
@@ -262,3 +265,23 @@ def test_images_in_blocks_come_out_as_in_one_piece(images):
     assert_close = np.testing.assert_array_equal
     assert_close(parallel.in_blocks(function, x), function(x))
     assert max(sizes[:-1]) <= 1.5 * parallel.BLOCK
+
+
+@pytest.mark.parametrize(
+    ("platform", "asked", "expected"),
+    [
+        ("cpu", "auto", "float32"),
+        ("tpu", "auto", "bfloat16"),
+        ("gpu", "auto", "bfloat16"),
+        ("tpu", "float32", "float32"),
+        ("cpu", "bfloat16", "bfloat16"),
+    ],
+)
+def test_accelerators_compute_in_bfloat16(make_federation, platform, asked, expected):
+    federation = make_federation()
+    config = dataclasses.replace(
+        federation.config, model=dataclasses.replace(federation.config.model, dtype=asked)
+    )
+    mesh = SimpleNamespace(devices=SimpleNamespace(flat=[SimpleNamespace(platform=platform)]))
+    assert compute_type(config, mesh) == expected
+    assert federation.config.model.dtype == "float32"  # as it is, for the record

@@ -224,7 +224,7 @@ def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
     Raises:
       UserError: a partition that cannot be made, or an unknown model.
     """
-    dtype = _dtype(config, mesh)
+    dtype = compute_type(config, mesh)
     # As it is, for the record: a run goes on in the type it has begun in.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     split, classes = config.partition, dataset.num_classes
@@ -261,7 +261,7 @@ def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
     )
 
 
-def _dtype(config: Config, mesh: Mesh) -> str:
+def compute_type(config: Config, mesh: Mesh) -> str:
     """As asked, or what the devices are quick with."""
     if config.model.dtype != "auto":
         return config.model.dtype
