@@ -253,5 +253,5 @@ def test_images_in_blocks_come_out_as_in_one_piece(images):
         return part.sum(axis=(1, 2))[:, None] ** 2
 
     assert_close = np.testing.assert_array_equal
-    assert_close(parallel.in_blocks(function, x), function(x))
+    assert_close(parallel.in_blocks(function, x, parallel.make_mesh(1)), function(x))
     assert max(sizes[:-1]) <= 1.5 * parallel.BLOCK

@@ -168,6 +168,10 @@ class Federation:
         """Numbers, keys and arrays on every device: what compiled blocks are given."""
         return parallel.replicated(self.mesh, tree)
 
+    def fetch(self, tree: PyTree) -> PyTree:
+        """Results of compiled blocks on the host."""
+        return parallel.to_host(tree)
+
     def fresh(self, carry: dict[str, PyTree], stacks: Container[str] = ()) -> dict[str, PyTree]:
         """A copy that a compiled block may take over (donation): stacks spread, else everywhere."""
 

@@ -161,13 +161,18 @@ def train(federation: Federation) -> Stage:
     """The meta model's whole training as one compiled call."""
     settings, training = federation.config.meta_model, MetaTraining(federation)
     everywhere = NamedSharding(federation.mesh, P())
-    run = federation.jit(training.run, out_shardings=everywhere)
+
+    def steps(state: State, rate: Array) -> tuple[PyTree, Array]:
+        mean, losses = training.run(state, rate)
+        return mean, losses[-10:].mean()
+
+    run = federation.jit(steps, out_shardings=everywhere)
     rate = federation.place(np.float32(settings.learning_rate))
 
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
         inputs = {name: state[name] for name in ("experts", "prototypes")}
-        mean, losses = run(inputs, rate)
-        return {"params": mean}, {"loss": losses[-10:].mean()}
+        mean, loss = run(inputs, rate)
+        return {"params": mean}, {"loss": loss}
 
     return Stage(
         name="meta_model",
