@@ -1,0 +1,388 @@
+"""What a TPU slice would make of a run: every program of every stage, compiled without a TPU.
+
+    pip install '.[tpu]'
+    python -m experiments.plan_pod --topology=v5e:16x16 --config=configs/cifar100.py --clients=4096
+    python -m experiments.plan_pod --chips 1 16 256 --clients-per-chip 16 --until local_update
+
+For each program: HBM that a chip must hold and whether it fits, operations and HBM traffic of a
+client-step (of a step, on one chip, where the server makes them), collectives, the roofline's time
+for the chip's published peak and bandwidth (`experiments/chips.py`), client-steps a second; then
+the stages' times in the whole run. `--chips` plans slices of several sizes and ends with a table of
+how a local round changes with them. Where a stage does not fit, the number of clients vmapped at a
+time, `parallel.lanes`, is halved until it does.
+
+Only shapes and labels matter: images are black, labels evenly spread, no files are read. Figures of
+programs that were compiled before are kept in the `--cache` folder, so that a stopped plan goes on.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments import branches, chips
+from experiments.chips import CHIPS, Chip
+from experiments.hlo import Collective
+from experiments.planned import Program, Record, planned, walk
+from mosaic_jax import parallel, settings
+from mosaic_jax.config import Config
+from mosaic_jax.data import published, sources
+from mosaic_jax.main import USER_ERROR
+from mosaic_jax.stages import federation as federations
+from mosaic_jax.stages.federation import Stage
+from mosaic_jax.types import Dataset, UserError
+
+IMAGES = {
+    "mnist": (60_000, 10_000),
+    "fashion_mnist": (60_000, 10_000),
+    "svhn": (73_257, 26_032),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "tiny_imagenet": (100_000, 10_000),
+    "food101": (75_750, 25_250),
+}
+"""Training and test images of the published sets."""
+
+ROOM = 100
+"""So many times the smallest client must the average one hold, for a Dirichlet split to be tried:
+with less the draws that leave no client too small become too rare."""
+
+SERVER = ("meta_model", "knowledge_distillation")
+"""Stages whose steps all chips make together."""
+
+HEAD = (
+    "stage",
+    "program",
+    "HBM, GiB",
+    "fits",
+    "of a",
+    "GFLOP",
+    "GB",
+    "collectives, MB",
+    "their ms",
+    "ms",
+    "steps/s",
+)
+"""Of the table of programs. Operations and traffic are of one client-step, of one chip's share of a
+step that all make together, or of one chip's run of what is no step; times are of one run."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One slice's.
+
+    Attributes:
+      chip: the kind.
+      count: of chips.
+      config: all settings.
+      stages: those that were planned.
+      programs: all of theirs.
+      notes: what is not as the config has it.
+    """
+
+    chip: Chip
+    count: int
+    config: Config
+    stages: list[Stage]
+    programs: list[Program]
+    notes: list[str]
+
+    def of(self, stage: str, *phases: str) -> list[Program]:
+        """A stage's programs."""
+        return [each for each in self.programs if each.stage == stage and each.phase in phases]
+
+    def seconds(self, stage: str, *phases: str) -> float:
+        """The roofline's time of one run of each of them."""
+        return sum(chips.seconds(each.figures, self.chip) for each in self.of(stage, *phases))
+
+
+def dataset(config: Config) -> Dataset:
+    """Black images in the shape, and labels in the number, of the set the config names.
+
+    Raises:
+      UserError: no such set, or one without a shape of its own.
+    """
+    about, data = published.SETS.get(config.data.name), config.data
+    if about is None:
+        if data.name not in ("digits", "synthetic"):
+            known = sorted([*published.SETS, "digits", "synthetic"])
+            raise UserError(settings.unknown("data set", data.name, known))
+        return sources.load(
+            data.name,
+            image_size=data.image_size,
+            train_images=data.train_images,
+            test_images=data.test_images,
+            seed=config.seed,
+        )
+    size, channels = data.image_size or about.sizes[0], len(about.mean)
+    given = zip((data.train_images, data.test_images), IMAGES[about.name], strict=True)
+    train, test = (count or whole for count, whole in given)
+
+    def labels(count: int) -> np.ndarray:
+        return (np.arange(count) % about.num_classes).astype(np.int32)
+
+    def images(count: int) -> np.ndarray:
+        return np.zeros((count, size, size, channels), np.uint8)
+
+    return Dataset(
+        about.name,
+        images(train),
+        labels(train),
+        images(test),
+        labels(test),
+        about.num_classes,
+        about.mean,
+        about.std,
+    )
+
+
+def settings_of(
+    arguments: argparse.Namespace, clients: int, dtype: str, lanes: int | None
+) -> tuple[Config, list[str]]:
+    """The config's settings for so many clients, and what had to be changed.
+
+    Raises:
+      UserError: no such config or setting, or one that cannot be.
+    """
+    path, _, options = arguments.config.partition(":")
+    changes = {"partition.clients": clients, "model.dtype": dtype} | dict(arguments.set)
+    config = _config(path, options, changes)
+    notes, split = [], config.partition
+    images = config.data.train_images or IMAGES.get(config.data.name, (None,))[0]
+    if split.kind == "dirichlet" and images and images < ROOM * split.minimum * clients:
+        notes.append(
+            f"{images} images have no Dirichlet({split.alpha:g}) split over {clients} clients with "
+            f"{split.minimum} each: partition.kind = iid"
+        )
+        changes["partition.kind"] = "iid"
+    if config.model.conv == "auto":
+        changes["model.conv"] = "native"  # what "auto" is on a TPU
+    if lanes is not None:
+        changes["parallel.lanes"] = lanes
+    return _config(path, options, changes), notes
+
+
+def _config(path: str, options: str, changes: dict[str, Any]) -> Config:
+    if not Path(path).is_file():
+        known = sorted(str(each) for each in Path("configs").glob("*.py"))
+        raise UserError(settings.unknown("config", path, known))
+    for name in changes:
+        if name not in settings.names():
+            raise UserError(settings.unknown("setting", name, settings.names()))
+    spec = importlib.util.spec_from_file_location("config", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        return branches.config(module.get_config, options, 0, changes)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def slice_mesh(topology: str, count: int | None) -> tuple[Chip, Mesh]:
+    """The chips of a slice, or the first so many of them, in one axis.
+
+    Raises:
+      UserError: no compiler, or none of such a slice.
+    """
+    chip = CHIPS.get(topology.partition(":")[0])
+    if chip is None:
+        known = list(CHIPS)
+        raise UserError(settings.unknown("chip", topology.partition(":")[0], known))
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("libtpu is not installed; pip install '.[tpu]'")
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(topology, "tpu").devices
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the compiler knows no slice {topology!r}: {reason}") from None
+    return chip, Mesh(np.array(devices[:count]), (parallel.AXIS,))
+
+
+def plan(arguments: argparse.Namespace, chip: Chip, mesh: Mesh, clients: int, dtype: str) -> Plan:
+    """Walks the method; with fewer lanes, where a stage does not fit and they can be fewer."""
+    lanes, tried = None, []
+    while True:
+        config, notes = settings_of(arguments, clients, dtype, lanes)
+        record = Record(arguments.cache, _progress)
+        here = Mesh(np.array(jax.devices("cpu")[:1]), (parallel.AXIS,))
+        federation = planned(federations.build(config, dataset(config), here), mesh, record)
+        stages, _ = walk(federation, arguments.until)
+        unfit = [each for each in record.programs if not each.figures.fits]
+        now = parallel.lanes_for(config.parallel.lanes, clients, mesh)
+        found = Plan(chip, mesh.size, config, stages, record.programs, notes + tried)
+        if not unfit or now == 1 or arguments.keep_lanes:
+            return found
+        names = ", ".join(dict.fromkeys(each.stage for each in unfit))
+        lanes = now // 2
+        tried.append(f"{now} lanes do not fit in {names}: parallel.lanes = {lanes}")
+
+
+def _progress(program: Program) -> None:
+    held = program.figures.held / 2**30
+    line = f"{program.stage}: {program.phase} {program.name}, {held:.2f} GiB"
+    print(line, file=sys.stderr, flush=True)
+
+
+def row(plan: Plan, program: Program) -> list[str]:
+    """One program's line in the table, see `HEAD`."""
+    found = program.figures
+    stage = next((each for each in plan.stages if each.name == program.stage), None)
+    steps = stage.client_steps if stage and program.phase == "block" else 0
+    together = program.stage in SERVER
+    own = (steps if together else steps / plan.count) or 1
+    time = chips.seconds(found, plan.chip)
+    at_least = "" if found.exact else "≥ "
+    return [
+        program.stage,
+        " ".join([program.phase, program.name]),
+        f"{found.held / 2**30:.2f}",
+        "yes" if found.fits else "no",
+        ("step" if together else "client-step") if steps else "run",
+        f"{at_least}{found.flops / own / 1e9:.3g}",
+        f"{at_least}{found.bytes / own / 1e9:.3g}",
+        exchanged(found.collectives),
+        f"{1e3 * chips.collective_seconds(found, plan.chip):.3g}",
+        f"{1e3 * time:.4g}",
+        f"{steps / time:,.0f}" if steps and found.fits else "",
+    ]
+
+
+def exchanged(collectives: list[Collective]) -> str:
+    """Megabytes by kind; those of loops, times how often they run, after a `+`."""
+    outside, inside = Counter(), Counter()
+    for each in collectives:
+        (inside if each.in_loop else outside)[each.kind] += each.bytes * each.times
+    parts = [f"{kind} {size / 1e6:.3g}" for kind, size in outside.items()]
+    return ", ".join([*parts, *(f"{k} in loops {s / 1e6:.3g}" for k, s in inside.items())]) or "-"
+
+
+def stage_rows(plan: Plan) -> list[list[str]]:
+    """Least seconds of each stage and of all in the whole run, evaluations aside."""
+    rows, total = [], 0.0
+    for stage in plan.stages:
+        block = plan.seconds(stage.name, "block")
+        whole = plan.seconds(stage.name, "start", "finish") + stage.blocks * block
+        total += whole
+        rows.append([stage.name, str(stage.blocks), f"{1e3 * block:.4g}", f"{whole:.4g}"])
+    return [*rows, ["all", "", "", f"{total:.4g}"]]
+
+
+def scaling_rows(plans: list[Plan]) -> list[list[str]]:
+    """A local round on slices of several sizes, each beside the first."""
+    rows = []
+    for plan in plans:
+        [program] = plan.of("local_update", "block")
+        [first] = plans[0].of("local_update", "block")
+        figures, time = program.figures, plan.seconds("local_update", "block")
+        alone = plans[0].seconds("local_update", "block")
+        rows.append(
+            [
+                str(plan.count),
+                str(plan.config.partition.clients),
+                f"{figures.flops / 1e9:,.1f}",
+                f"{100 * (figures.flops / first.figures.flops - 1):+.2f}%",
+                f"{figures.bytes / 1e9:,.1f}",
+                f"{100 * (figures.bytes / first.figures.bytes - 1):+.2f}%",
+                exchanged(figures.collectives),
+                f"{1e3 * chips.collective_seconds(figures, plan.chip):.3g}",
+                f"{1e3 * time:.4g}",
+                f"{100 * chips.collective_seconds(figures, plan.chip) / time:.2f}%",
+                f"{100 * alone / time:.1f}%",
+            ]
+        )
+    return rows
+
+
+SCALING = (
+    "chips",
+    "clients",
+    "GFLOP a chip",
+    "",
+    "GB a chip",
+    "",
+    "collectives, MB",
+    "their ms",
+    "round ms",
+    "share",
+    "efficiency",
+)
+
+
+def show(plan: Plan, title: str) -> None:
+    """Prints both tables of a plan."""
+    print(f"\n### {title}\n")
+    for note in plan.notes:
+        print(f"- {note}")
+    print("\n" + branches.markdown([list(HEAD), *(row(plan, each) for each in plan.programs)]))
+    head = ["stage", "blocks", "ms a block", "seconds in all"]
+    print("\n" + branches.markdown([head, *stage_rows(plan)]), flush=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """All plans, one after the other.
+
+    Raises:
+      UserError: what cannot be planned.
+    """
+    for topology in arguments.topology:
+        family = topology.partition(":")[0]
+        slices = CHIPS[family].slices if family in CHIPS else {}
+        for dtype in arguments.dtypes:
+            plans = []
+            for count in arguments.chips or [None]:
+                if count is not None and count not in slices:
+                    known = ", ".join(map(str, slices))
+                    raise UserError(f"--chips {count}: plans are of {known} chips")
+                name = topology if count is None else f"{family}:{slices[count]}"
+                chip, mesh = slice_mesh(name, count)
+                clients = arguments.clients or arguments.clients_per_chip * mesh.size
+                plans.append(plan(arguments, chip, mesh, clients, dtype))
+                show(plans[-1], f"{mesh.size} x {family}, {clients} clients, {dtype}")
+            if len(plans) > 1:
+                print("\n" + branches.markdown([list(SCALING), *scaling_rows(plans)]), flush=True)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--topology", nargs="+", default=["v5e:16x16"], help="slices, as v5e:16x16")
+    parser.add_argument("--chips", nargs="+", type=int, default=[], help="slices of so many chips")
+    parser.add_argument("--config", default="configs/cifar100.py")
+    parser.add_argument("--clients", type=int, help="in all")
+    parser.add_argument("--clients-per-chip", type=int, default=16)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
+    parser.add_argument("--until", default="", help="the last stage to plan")
+    parser.add_argument("--keep-lanes", action="store_true", help="even where a stage does not fit")
+    parser.add_argument("--cache", type=Path, default=Path("runs/plan_pod"))
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", type=branches.assignment
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Prints the plans; returns the exit status."""
+    jax.config.update("jax_platforms", "cpu")  # there may be a compiler, but no TPU to look for
+    try:
+        run(parse(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
