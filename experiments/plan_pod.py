@@ -17,6 +17,7 @@ programs that were compiled before are kept in the `--cache` folder, so that a s
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -53,6 +54,14 @@ IMAGES = {
 ROOM = 100
 """So many times the smallest client must the average one hold, for a Dirichlet split to be tried:
 with less the draws that leave no client too small become too rare."""
+
+COMPILER_ONLY = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other plans may be made beside this one
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of a machine; not asked for where there is none
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_SKIP_MDS_QUERY": "1",
+}
+"""Environment in which libtpu compiles on any machine, and looks for nothing else."""
 
 SERVER = ("meta_model", "knowledge_distillation")
 """Stages whose steps all chips make together."""
@@ -217,7 +226,7 @@ def plan(arguments: argparse.Namespace, chip: Chip, mesh: Mesh, clients: int, dt
         record = Record(arguments.cache, _progress)
         here = Mesh(np.array(jax.devices("cpu")[:1]), (parallel.AXIS,))
         federation = planned(federations.build(config, dataset(config), here), mesh, record)
-        stages, _ = walk(federation, arguments.until)
+        stages, _ = walk(federation, arguments.until, arguments.evaluation)
         unfit = [each for each in record.programs if not each.figures.fits]
         now = parallel.lanes_for(config.parallel.lanes, clients, mesh)
         found = Plan(chip, mesh.size, config, stages, record.programs, notes + tried)
@@ -335,6 +344,10 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
       UserError: what cannot be planned.
     """
+    if arguments.until not in ("", *branches.STAGES):
+        raise UserError(settings.unknown("stage", arguments.until, list(branches.STAGES)))
+    for dtype in arguments.dtypes:
+        settings_of(arguments, arguments.clients or arguments.clients_per_chip, dtype, None)
     for topology in arguments.topology:
         family = topology.partition(":")[0]
         slices = CHIPS[family].slices if family in CHIPS else {}
@@ -365,6 +378,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--clients-per-chip", type=int, default=16)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--until", default="", help="the last stage to plan")
+    parser.add_argument("--no-evaluation", dest="evaluation", action="store_false")
     parser.add_argument("--keep-lanes", action="store_true", help="even where a stage does not fit")
     parser.add_argument("--cache", type=Path, default=Path("runs/plan_pod"))
     parser.add_argument(
@@ -375,7 +389,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Prints the plans; returns the exit status."""
-    jax.config.update("jax_platforms", "cpu")  # there may be a compiler, but no TPU to look for
     try:
         run(parse(argv))
     except UserError as error:
@@ -385,4 +398,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # there may be a compiler, but no TPU to look for
+    os.environ |= COMPILER_ONLY
     sys.exit(main(sys.argv[1:]))
