@@ -158,7 +158,7 @@ def distil(federation: Federation) -> Stage:
     settings, student = federation.config.knowledge_distillation, Student(federation)
     everywhere = NamedSharding(federation.mesh, P())
     steps = federation.jit(student.steps, donate_argnums=0, out_shardings=everywhere)
-    evaluate = evaluator(federation)
+    start, evaluate = federation.jit(student.start), evaluator(federation)
     constants = federation.place(
         {
             "weights": {name: np.float32(getattr(settings, name)) for name in LOSS_WEIGHTS},
@@ -179,7 +179,7 @@ def distil(federation: Federation) -> Stage:
     return Stage(
         name="knowledge_distillation",
         blocks=settings.steps // settings.block_steps,
-        start=lambda state: federation.fresh(student.start(state["global"])),
+        start=lambda state: federation.fresh(start(state["global"])),
         block=block,
         finish=lambda state, carry: state | {"student": carry["student"]},
         evaluate=lambda state: evaluate(state["student"]),
