@@ -61,11 +61,8 @@ def figures(lowered: jax.stages.Lowered) -> Figures:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return _too_large(str(error), error)
-    module, cost, memory = (
-        Module(compiled.as_text()),
-        compiled.cost_analysis(),
-        compiled.memory_analysis(),
-    )
+    module, cost = Module(compiled.as_text() or ""), compiled.cost_analysis() or {}
+    memory: Any = compiled.memory_analysis()
     once = {name: max(cost.get(key, 0.0), 0.0) for name, key in COUNTS.items()}
     exact = all(known for _, _, known in module.loops())
     totals = {name: growth(module, key) * once[name] for name, key in COUNTS.items()}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import chips, plan_pod
+from experiments import chips, plan_pod, plan_tables
 from experiments.chips import CHIPS
 from experiments.compiled import figures
 from experiments.hlo import Collective, Module
@@ -68,8 +68,8 @@ def test_a_stage_more_and_the_plan_stops_where_it_is_told(walked, make_federatio
 
 def test_tables_have_every_stage(walked, capsys):
     federation, stages, _, programs = walked
-    plan = plan_pod.Plan(CHIPS["v5e"], 1, federation.config, stages, programs, ["a note"])
-    plan_pod.show(plan, "title")
+    plan = plan_tables.Plan(CHIPS["v5e"], 1, federation.config, stages, programs, ["a note"])
+    plan_tables.show(plan, "title")
     lines = capsys.readouterr().out.splitlines()
     assert "- a note" in lines
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
@@ -78,7 +78,7 @@ def test_tables_have_every_stage(walked, capsys):
     [total] = [float(row[-1]) for row in rows if row[0] == "all"]
     parts = [float(row[-1]) for row in rows if len(row) == 4 and row[0] not in ("all", "stage")]
     assert total == pytest.approx(sum(parts), rel=1e-2)
-    _, [chips_used, *_, efficiency] = plan_pod.scaling_rows([plan, plan])
+    _, [chips_used, *_, efficiency] = plan_tables.scaling_rows([plan, plan])
     assert (chips_used, efficiency) == ("1", "100.0%")
 
 

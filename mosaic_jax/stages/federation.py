@@ -86,7 +86,8 @@ class Federation:
       model: the whole classifier.
       groups: clients by capacity, the largest first.
       mesh: the devices, one axis `clients`.
-      data: {"images" uint8 [n, h, w, c], "labels" int32 [n]}, on every device.
+      data: {"images" uint8 [n, h w c], "labels" int32 [n]}, on every device. The images are flat,
+        see `taken`.
       clients: packed index lists (`data.clients.pack`), [clients, ...].
       counts: images of each class that each client trains on, int [clients, classes].
       indices: each client's training images, as positions in `data`.
@@ -155,6 +156,15 @@ class Federation:
     def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """`jax.jit`, or the function itself in debug mode."""
         return function if self.config.parallel.debug else jax.jit(function, **options)
+
+    def taken(self, data: PyTree, positions: Array) -> Array:
+        """Images uint8 [..., h, w, c] of `data` at some positions [...].
+
+        They lie flat because a TPU pads the last axes of an array to whole tiles: to take single
+        images of [n, h, w, c] its compiler first copies all of them, four times as large.
+        """
+        shape = (*jnp.shape(positions), *self.dataset.image_shape)
+        return cast(Array, data["images"][positions].reshape(shape))
 
     def outputs(self, variables: Variables, images: Array) -> Outputs:
         """The classifier in eval mode: logits and features of images in [-1, 1]."""
@@ -243,7 +253,8 @@ def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
         form=config.model.conv,
         dtype=config.model.dtype,
     )
-    data = {"images": dataset.train_images, "labels": dataset.train_labels}
+    flat = dataset.train_images.reshape(len(dataset.train_images), -1)
+    data = {"images": flat, "labels": dataset.train_labels}
     return Federation(
         config=config,
         model=model,

@@ -135,7 +135,7 @@ class Student:
         positions = jnp.asarray(np.concatenate(self.federation.indices))
         augment, batch = self.federation.config.data, len(self.ensemble.block)
         chosen = jax.random.choice(rng.fold(key, 0), positions, (batch,))
-        images = to_float(data["images"][chosen])
+        images = to_float(self.federation.taken(data, chosen))
         return crop_and_flip(images, rng.fold(key, 1), augment.crop_padding, augment.flip)
 
     def loss(
