@@ -93,7 +93,7 @@ def lanes_for(lanes: int, clients: int, mesh: Mesh) -> int:
     XLA:CPU runs the grouped convolutions that vmap makes slowly; accelerators want them.
     """
     share = -(-clients // mesh.size)
-    automatic = 1 if mesh.devices.flat[0].platform == "cpu" else share
+    automatic = 1 if on_cpu(mesh) else share
     return min(lanes or automatic, share)
 
 
@@ -104,7 +104,12 @@ def padding_share(lanes: int, clients: int, mesh: Mesh) -> float:
     return 1 - clients / (mesh.size * width * -(-share // width))
 
 
-def in_blocks(function: Callable[[Array], Array], images: Array) -> Array:
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether the mesh is of CPU devices; it need not be of the process's own."""
+    return bool(mesh.devices.flat[0].platform == "cpu")
+
+
+def in_blocks(function: Callable[[Array], Array], images: Array, mesh: Mesh) -> Array:
     """`function(images)`, which treats every image alone, on a CPU a few images at a time.
 
     There the maps of `BLOCK` images stay in the cache; accelerators want all at once.
@@ -112,8 +117,9 @@ def in_blocks(function: Callable[[Array], Array], images: Array) -> Array:
     Args:
       function: images [batch, ...] -> [batch, ...].
       images: [batch, ...].
+      mesh: whose devices run it.
     """
-    blocks = max(1, round(len(images) / BLOCK)) if jax.default_backend() == "cpu" else 1
+    blocks = max(1, round(len(images) / BLOCK)) if on_cpu(mesh) else 1
     if blocks == 1:
         return function(images)
     padded = _pad(images, -len(images) % blocks)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.hlo import Module
 from mosaic_jax import parallel, rng
 from mosaic_jax.models import winograd
 from mosaic_jax.models.convolution import convolve
@@ -94,6 +95,29 @@ def split_batch(devices):
     return program(*arguments), program.as_text().count("all-gather")
 
 
+def taught(devices, together):
+    """A teacher of random experts on 16 images, so many fused at a time, and gathers in loops."""
+    from conftest import tiny_federation
+
+    from mosaic_jax.stages import meta_model
+
+    federation = tiny_federation(**ROUND, **{"parallel.devices": devices})
+    models = jax.jit(jax.vmap(federation.model.init, (0, None)))
+    images = jax.random.uniform(KEY, (16, *federation.dataset.image_shape), minval=-1)
+    experts = models(jax.random.split(KEY, 10), images[:1])
+    meta = {"params": meta_model.MetaTraining(federation).start()["params"]}
+    variables = federation.place({"experts": experts, "meta": meta})
+    everything = meta_model.ATTENTION_BYTES
+    meta_model.ATTENTION_BYTES = 4 * 10**3 * together
+    try:
+        teacher = meta_model.teacher_logits(federation)
+    finally:
+        meta_model.ATTENTION_BYTES = everything
+    program = jax.jit(teacher).lower(variables, images).compile()
+    found = Module(program.as_text()).collectives()
+    return program(variables, images), sum(each.in_loop for each in found)
+
+
 def results():
     """Every layout under the name of its test."""
     assert len(jax.devices()) == 8
@@ -108,6 +132,7 @@ def results():
         "16 pmapped": ({}, pmapped(16, 2)),
         "round on 8": one_round(8),
         "split batch on 4": split_batch(4),
+        "taught on 4": taught(4, 2),
     }
 
 

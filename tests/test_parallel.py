@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices8 import ROUND, inputs, one_round, reduced, split_batch, train
+from devices8 import ROUND, inputs, one_round, reduced, split_batch, taught, train
 
 from mosaic_jax import parallel
 from mosaic_jax.stages.federation import compute_type
@@ -36,7 +36,7 @@ def eight(tmp_path_factory, subprocess_environment):
     script = Path(__file__).with_name("devices8.py")
     done = subprocess.run(
         [sys.executable, str(script), str(path)],
-        env=subprocess_environment,
+        env=subprocess_environment | {"PYTHONPATH": str(script.parents[1])},
         capture_output=True,
         text=True,
         timeout=300,
@@ -106,6 +106,12 @@ def test_eleven_clients_on_any_devices_agree_with_the_debug_loop(eight, layout):
 
 def test_eight_devices_twice_are_exactly_equal(eight):
     assert_same(eight("11 on 8"), eight("11 on 8 again"))
+
+
+def test_a_teacher_fuses_each_devices_images_there(eight):
+    logits, exchanges_in_loops = eight("taught on 4")
+    assert exchanges_in_loops == 0
+    assert_close(logits, taught(1, 2)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_split_batch_stays_where_it_is_in_a_wide_convolution(eight):
@@ -263,7 +269,7 @@ def test_images_in_blocks_come_out_as_in_one_piece(images):
         return part.sum(axis=(1, 2))[:, None] ** 2
 
     assert_close = np.testing.assert_array_equal
-    assert_close(parallel.in_blocks(function, x), function(x))
+    assert_close(parallel.in_blocks(function, x, parallel.make_mesh(1)), function(x))
     assert max(sizes[:-1]) <= 1.5 * parallel.BLOCK
 
 

@@ -202,7 +202,7 @@ def client_batches(federation, client, key, steps):
             client, number, key, federation.config.local_update.batch_size
         )
         positions = np.asarray(positions)[np.asarray(mask) > 0]
-        images = to_float(federation.data["images"][positions])
+        images = to_float(federation.taken(federation.data, positions))
         labels = np.array(federation.data["labels"][positions])
         yield to_torch(images), torch.from_numpy(labels).long()
 
@@ -396,7 +396,7 @@ def step_draws(federation, shared, client, number):
     brightness = jax.random.uniform(rng.fold(key, 5, 1), (len(z), 1, 1, 1), minval=-1.0)
     return (
         torch.from_numpy(np.array(z)),
-        to_torch(to_float(shared["data"]["images"][positions])),
+        to_torch(to_float(federation.taken(shared["data"], positions))),
         torch.from_numpy(np.array(corners)).long(),
         torch.from_numpy(np.array(brightness)),
     )
@@ -453,7 +453,7 @@ def test_generator_steps(federation, record, request):
 def test_the_crop_and_its_gradient(federation, record):
     client = generator_optimization.ClientGenerator(federation)
     settings, key = federation.config.generator_optimization, jax.random.key(8)
-    images = to_float(federation.data["images"][:6])
+    images = to_float(federation.taken(federation.data, np.arange(6)))
     above = jax.random.normal(key, images.shape)
     expected, pull = jax.vjp(lambda images: client.augment(images, key), images)
     corner_key, _ = jax.random.split(rng.fold(key, 0))
@@ -495,7 +495,7 @@ def torch_meta(federation):
 
 def test_teacher_logits(federation, mixture, record):
     variables, own = mixture
-    images = to_float(federation.data["images"][:12])
+    images = to_float(federation.taken(federation.data, np.arange(12)))
     logits = jax.jit(meta_model.teacher_logits(federation))
     found = own(to_torch(images))
     assert not found.requires_grad

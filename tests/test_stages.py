@@ -215,7 +215,7 @@ def test_inversion_loss_at_exactly_zero_has_a_gradient_of_zero():
 def test_inversion_loss_of_the_classifier_moves_images(federation, states):
     """In the reference it has no gradient (oddity 6)."""
     variables = states["start"]["global"]
-    images = to_float(federation.data["images"][:8])
+    images = to_float(federation.dataset.train_images[:8])
     gradient = jax.jit(
         jax.grad(
             lambda images: generator_losses.inversion_loss(federation.model, variables, images)
@@ -545,7 +545,7 @@ def test_prototypes_are_means_of_each_experts_own_features(federation, states):
     for i, label in ((0, 0), (1, 1), (1, 4), (2, 0), (2, 7)):
         own = federation.indices[i][labels[federation.indices[i]] == label]
         padded = np.resize(own, 12)
-        alone = features(experts, to_float(federation.data["images"][padded]))[:, : len(own)]
+        alone = features(experts, to_float(federation.dataset.train_images[padded]))[:, : len(own)]
         every = np.concatenate(list(alone), axis=-1)  # [images, experts * features]
         own_slots = (of_class[i] == label) & (valid[i] > 0)
         k = int(own_slots.sum())
@@ -695,7 +695,7 @@ def teacher(federation, states):
 
 
 def test_the_teacher_fuses_a_few_images_at_a_time_alike(federation, states, teacher, monkeypatch):
-    images = to_float(federation.data["images"][:48])
+    images = to_float(federation.dataset.train_images[:48])
     monkeypatch.setattr(meta_model, "ATTENTION_BYTES", 4 * 10**3 * 7)  # seven at a time
     state, few = states["meta_model"], jax.jit(meta_model.teacher_logits(federation))
     answers = few({"experts": state["experts"], "meta": state["meta"]}, images)
@@ -705,7 +705,7 @@ def test_the_teacher_fuses_a_few_images_at_a_time_alike(federation, states, teac
 @pytest.fixture(scope="module")
 def tokens(federation, states, classify):
     """Logits of 48 images in the order of classes, each from the expert its class is assigned."""
-    images = to_float(federation.data["images"][:48])
+    images = to_float(federation.dataset.train_images[:48])
     experts, (_, assignment) = (
         states["meta_model"]["experts"],
         model_aggregation.expert_weights(COUNTS),
@@ -823,7 +823,7 @@ def weights(**changes):
 
 def inverted(federation, label):
     """The data with the images of one class turned to their negatives."""
-    images, labels = federation.data["images"], federation.data["labels"]
+    images, labels = federation.dataset.train_images, federation.data["labels"]
     chosen = (labels == label)[:, None, None, None]
     return {"images": jnp.where(chosen, 255 - images, images), "labels": labels}
 

@@ -319,7 +319,7 @@ def test_calibrated_statistics_are_those_of_the_clients_batches_under_the_whole_
             key = rng.fold(shared["key"], i)
             positions, mask = epoch_batch(client, 0, key, 16)
             real = np.asarray(positions)[np.asarray(mask) > 0]
-            images = to_float(federation.data["images"][real])
+            images = to_float(federation.dataset.train_images[real])
             blank = {**model, "batch_stats": jax.tree.map(jnp.zeros_like, model["batch_stats"])}
             _, updated = federation.model.apply(blank, images, train=True, mutable=["batch_stats"])
             batches.append(jax.tree.map(lambda x: 10 * np.asarray(x), updated["batch_stats"]))

@@ -37,7 +37,7 @@ def calibrator(federation: Federation) -> Callable[..., tuple[Variables, Variabl
     def one_client(shared: PyTree, client: PyTree) -> tuple[PyTree, tuple[()]]:
         key = rng.fold(shared["key"], client["id"])
         positions, mask = epoch_batch(client, 0, key, federation.batch_size)
-        images = to_float(shared["data"]["images"][positions])
+        images = to_float(federation.taken(shared["data"], positions))
 
         def of_model(model: Variables) -> PyTree:
             return _moments(batch_statistics(federation, model, images, mask))

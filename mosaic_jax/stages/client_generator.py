@@ -146,7 +146,7 @@ class ClientGenerator:
     ) -> tuple[PyTree, dict[str, Array]]:
         """The adversary and its optimiser after one step, and its scores."""
         positions = uniform_batch(client, rng.fold(key, 4), self.settings.batch_size)
-        real = to_float(shared["data"]["images"][positions])
+        real = to_float(self.federation.taken(shared["data"], positions))
         labels = shared["data"]["labels"][positions]
         params, statistics = carry["adversary"]["params"], carry["adversary"].get("batch_stats", {})
         real, fake = (self.augment(images, rng.fold(key, 5)) for images in (real, fake))

@@ -86,9 +86,9 @@ def predictor(
     mapped = federation.jit(one_by_one if logits else federation.map(classify))
 
     def predict(variables: PyTree, images: np.ndarray) -> np.ndarray:
-        chunks = parallel.replicated(federation.mesh, _chunks(images))
+        chunks = federation.place(_chunks(images))
         result = mapped(variables, chunks)
-        logits = np.asarray(parallel.to_host(result))
+        logits = np.asarray(federation.fetch(result))
         return logits.reshape(-1, logits.shape[-1])[: len(images)]
 
     return predict
@@ -121,8 +121,8 @@ def personal_evaluator(
     mapped = federation.jit(federation.map(classify))
 
     def evaluate(variables: PyTree, owns: PyTree) -> dict[str, float]:
-        chunks = parallel.replicated(federation.mesh, _chunks(dataset.test_images))
-        chosen = parallel.to_host(mapped({"variables": variables, "chunks": chunks}, owns))
+        chunks = federation.place(_chunks(dataset.test_images))
+        chosen = federation.fetch(mapped({"variables": variables, "chunks": chunks}, owns))
         correct = chosen[:, : len(dataset.test_labels)] == dataset.test_labels
         local = [
             own[shard].mean() for own, shard in zip(correct, shards, strict=True) if len(shard)

@@ -87,7 +87,8 @@ class Federation:
       model: the whole classifier.
       groups: clients by capacity, the largest first.
       mesh: the devices, one axis `clients`.
-      data: {"images" uint8 [n, h, w, c], "labels" int32 [n]}, on every device.
+      data: {"images" uint8 [n, h w c], "labels" int32 [n]}, on every device. The images are flat,
+        see `taken`.
       clients: packed index lists (`data.clients.pack`), [clients, ...].
       counts: images of each class that each client trains on, int [clients, classes].
       indices: each client's training images, as positions in `data`.
@@ -159,6 +160,15 @@ class Federation:
         """`jax.jit`, or the function itself in debug mode."""
         return function if self.config.parallel.debug else jax.jit(function, **options)
 
+    def taken(self, data: PyTree, positions: Array) -> Array:
+        """Images uint8 [..., h, w, c] of `data` at some positions [...].
+
+        They lie flat because a TPU pads the last axes of an array to whole tiles: to take single
+        images of [n, h, w, c] its compiler first copies all of them, four times as large.
+        """
+        shape = (*jnp.shape(positions), *self.dataset.image_shape)
+        return cast(Array, data["images"][positions].reshape(shape))
+
     def outputs(self, variables: Variables, images: Array) -> Outputs:
         """The classifier in eval mode: logits and features of images in [-1, 1]."""
         return cast(Outputs, self.model.apply(variables, images))
@@ -170,6 +180,10 @@ class Federation:
     def place(self, tree: PyTree) -> PyTree:
         """Numbers, keys and arrays on every device: what compiled blocks are given."""
         return parallel.replicated(self.mesh, tree)
+
+    def fetch(self, tree: PyTree) -> PyTree:
+        """Results of compiled blocks on the host."""
+        return parallel.to_host(tree)
 
     def fresh(self, carry: dict[str, PyTree], stacks: Container[str] = ()) -> dict[str, PyTree]:
         """A copy that a compiled block may take over (donation): stacks spread, else everywhere."""
@@ -245,7 +259,8 @@ def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
         form=config.model.conv,
         dtype=dtype,
     )
-    data = {"images": dataset.train_images, "labels": dataset.train_labels}
+    flat = dataset.train_images.reshape(len(dataset.train_images), -1)
+    data = {"images": flat, "labels": dataset.train_labels}
     return Federation(
         config=config,
         model=model,

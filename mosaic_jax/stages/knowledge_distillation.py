@@ -139,7 +139,7 @@ class Student:
         augment = self.federation.config.data
         batch = self.settings.images_per_generator * self.federation.num_clients
         chosen = jax.random.choice(rng.fold(key, 0), positions, (batch,))
-        images = to_float(data["images"][chosen])
+        images = to_float(self.federation.taken(data, chosen))
         return crop_and_flip(images, rng.fold(key, 1), augment.crop_padding, augment.flip)
 
     def loss(
@@ -162,7 +162,7 @@ def distil(federation: Federation) -> Stage:
     settings, student = federation.config.knowledge_distillation, Student(federation)
     everywhere = NamedSharding(federation.mesh, P())
     steps = federation.jit(student.steps, donate_argnums=0, out_shardings=everywhere)
-    predict = predictor(federation)
+    start, predict = federation.jit(student.start), predictor(federation)
     evaluate = evaluator(federation, predict)
     constants = federation.place(
         {
@@ -184,7 +184,7 @@ def distil(federation: Federation) -> Stage:
     return Stage(
         name="knowledge_distillation",
         blocks=settings.steps // settings.block_steps,
-        start=lambda state: federation.fresh(student.start(state["global"])),
+        start=lambda state: federation.fresh(start(state["global"])),
         block=block,
         finish=lambda state, carry: state | {"student": carry["student"]},
         evaluate=lambda state: evaluate(state["student"]),

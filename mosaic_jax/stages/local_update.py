@@ -100,9 +100,8 @@ class ClientUpdate:
         key = rng.fold(shared["key"], client["id"])
         positions, mask = epoch_batch(client, number, key, self.federation.batch_size)
         augment = rng.fold(key, number, 1)
-        images = crop_and_flip(
-            to_float(data["images"][positions]), augment, config.data.crop_padding, config.data.flip
-        )
+        images = to_float(self.federation.taken(data, positions))
+        images = crop_and_flip(images, augment, config.data.crop_padding, config.data.flip)
         return Batch(images, data["labels"][positions], mask, rng.fold(key, number, 2))
 
     def loss(

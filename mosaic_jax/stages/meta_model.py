@@ -18,14 +18,14 @@ from jax.sharding import PartitionSpec as P
 from mosaic_jax import rng
 from mosaic_jax.data.clients import epoch_batch
 from mosaic_jax.models import MetaModel, head_logits
-from mosaic_jax.parallel import AXIS
+from mosaic_jax.parallel import AXIS, stacked
 from mosaic_jax.stages.evaluation import evaluator, predictor
 from mosaic_jax.stages.federation import Federation, Stage, State
 from mosaic_jax.stages.model_aggregation import member_logits, mixture
 from mosaic_jax.types import Array, PyTree, UserError
 
 ATTENTION_BYTES = 1 << 30
-"""Attention weights of the images that the teacher fuses at a time; those of one image with 200
+"""Attention weights of the images that a device fuses at a time; those of one image with 200
 classes and as many heads are 32 MB."""
 
 
@@ -53,17 +53,29 @@ def build(federation: Federation) -> MetaModel:
 
 
 def teacher_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
-    """The MoE teacher: `({"experts", "meta"}, images [batch, ...]) -> logits [batch, classes]`."""
+    """The MoE teacher: `({"experts", "meta"}, images [batch, ...]) -> logits [batch, classes]`.
+
+    A member's logits come from where it lies; they are fused for each device's share of the images.
+    """
     model, logits, mix = build(federation), member_logits(federation), mixture(federation)
     heads = model.heads or model.num_classes
     together = max(1, ATTENTION_BYTES // (4 * heads * model.experts**2))
 
+    def fuse(meta: PyTree, tokens: Array) -> Array:
+        if len(tokens) <= together:
+            return cast(Array, model.apply(meta, tokens))
+        one = partial(model.apply, meta)
+        return cast(Array, jax.lax.map(lambda own: one(own[None])[0], tokens, batch_size=together))
+
     def teacher(variables: PyTree, images: Array) -> Array:
         tokens = mix(logits(variables["experts"], images))
-        if len(tokens) <= together:
-            return cast(Array, model.apply(variables["meta"], tokens))
-        fuse = partial(model.apply, variables["meta"])
-        return cast(Array, jax.lax.map(lambda one: fuse(one[None])[0], tokens, batch_size=together))
+        where = stacked(federation.mesh, len(tokens)).spec
+        if federation.config.parallel.debug or where == P():
+            return fuse(variables["meta"], tokens)
+        shares = jax.shard_map(
+            fuse, mesh=federation.mesh, in_specs=(P(), where), out_specs=where, check_vma=False
+        )
+        return cast(Array, shares(variables["meta"], tokens))
 
     return teacher
 
@@ -162,13 +174,18 @@ def train(federation: Federation) -> Stage:
     settings, training = federation.config.meta_model, MetaTraining(federation)
     fused = Fused(federation)
     everywhere = NamedSharding(federation.mesh, P())
-    run = federation.jit(training.run, out_shardings=everywhere)
+
+    def steps(state: State, rate: Array) -> tuple[PyTree, Array]:
+        mean, losses = training.run(state, rate)
+        return mean, losses[-10:].mean()
+
+    run = federation.jit(steps, out_shardings=everywhere)
     rate = federation.place(np.float32(settings.learning_rate))
 
     def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
         inputs = {name: state[name] for name in ("experts", "prototypes")}
-        mean, losses = run(inputs, rate)
-        return {"params": mean}, {"loss": losses[-10:].mean()}
+        mean, loss = run(inputs, rate)
+        return {"params": mean}, {"loss": loss}
 
     return Stage(
         name="meta_model",

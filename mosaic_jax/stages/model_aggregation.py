@@ -166,7 +166,10 @@ def member_logits(federation: Federation) -> Callable[[Variables, Array], Array]
     """
 
     def one_member(images: Array, member: Variables) -> Array:
-        return in_blocks(lambda part: federation.outputs(member, part).logits, images)
+        def logits(part: Array) -> Array:
+            return federation.outputs(member, part).logits
+
+        return in_blocks(logits, images, federation.mesh)
 
     mapped = federation.map(one_member)
 

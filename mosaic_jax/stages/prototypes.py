@@ -163,7 +163,7 @@ def _features(federation: Federation, shared: PyTree, client: PyTree) -> Array:
 
     def of_batch(number: Array) -> Array:
         positions = jax.lax.dynamic_slice(padded, (number * BATCH,), (BATCH,))
-        images = to_float(shared["data"]["images"][positions])
+        images = to_float(federation.taken(shared["data"], positions))
         if not own:
             one = federation.outputs(shared["global"], images).features
             return jnp.broadcast_to(one, (parallel.count(models), *one.shape))
