@@ -134,14 +134,24 @@ class Module:
         return [body for part in self._reached(name) for body, _ in self.computations[part].loops]
 
     def collectives(self) -> list[Collective]:
-        """All of them, those in loops with how often they run."""
-        return [
-            found
-            for name, times, _ in self.loops()
-            for part in self._reached(name)
-            for line in self.computations[part].lines
-            if (found := self._collective(line, times, name != self.entry))
-        ]
+        """All of them, those in loops with how often they run.
+
+        One that runs beside other work is written into every fusion it runs beside; these have one
+        channel, and are one collective.
+        """
+        found = []
+        for name, times, _ in self.loops():
+            in_fusions = set()
+            for part in self._reached(name):
+                for line in self.computations[part].lines:
+                    each = self._collective(line, times, name != self.entry)
+                    channel = re.search(r"channel_id=\d+", line)
+                    if each is None or (part != name and channel and channel[0] in in_fusions):
+                        continue
+                    if part != name and channel:
+                        in_fusions.add(channel[0])
+                    found.append(each)
+        return found
 
     def _collective(self, line: str, times: int, in_loop: bool) -> Collective | None:
         kinds = "|".join(COLLECTIVES)
