@@ -65,7 +65,7 @@ def figures(lowered: jax.stages.Lowered) -> Figures:
     memory: Any = compiled.memory_analysis()
     once = {name: max(cost.get(key, 0.0), 0.0) for name, key in COUNTS.items()}
     exact = all(known for _, _, known in module.loops())
-    totals = {name: growth(module, key) * once[name] for name, key in COUNTS.items()}
+    totals = {name: times * once[name] for name, times in growth(module).items()}
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     shapes, shardings = (
@@ -92,20 +92,23 @@ def _too_large(message: str, error: Exception) -> Figures:
     return Figures(0.0, 0.0, {}, False, int(held), 0, False, [], [])
 
 
-def growth(module: Module, key: str) -> float:
-    """How many times what is counted once a program does in all."""
+def growth(module: Module) -> dict[str, float]:
+    """How many times what is counted once a program does in all, for each of `COUNTS`."""
 
     @cache
-    def counted(name: str) -> float:
+    def counted(name: str) -> dict[str, float]:
         [device] = jax.devices("cpu")[:1]
         text = _hlo.hlo_module_from_text(alone(module, name))
-        return float(_jax.hlo_module_cost_analysis(device.client, text).get(key, 0.0))
+        found = _jax.hlo_module_cost_analysis(device.client, text)
+        return {own: float(found.get(key, 0.0)) for own, key in COUNTS.items()}
 
-    def own(name: str) -> float:
-        return counted(name) - sum(map(counted, module.inner(name)))
-
-    total = sum(times * own(name) for name, times, _ in module.loops())
-    return total / counted(module.entry) if counted(module.entry) > 0 else 1.0
+    totals = dict.fromkeys(COUNTS, 0.0)
+    for name, times, _ in module.loops():
+        for key in COUNTS:
+            inner = sum(counted(body)[key] for body in module.inner(name))
+            totals[key] += times * (counted(name)[key] - inner)
+    once = counted(module.entry)
+    return {key: totals[key] / once[key] if once[key] > 0 else 1.0 for key in COUNTS}
 
 
 def _axis(shape: tuple[int, ...], where: jax.sharding.Sharding) -> int | None:

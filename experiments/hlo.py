@@ -50,12 +50,13 @@ class Collective:
 
 @dataclass
 class Computation:
-    """A computation of a module: its lines, and what it calls and loops over."""
+    """A computation of a module: its lines, what it calls and loops over, and all it names."""
 
     name: str
     lines: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     loops: list[tuple[str, int | None]] = field(default_factory=list)
+    needs: list[str] = field(default_factory=list)
 
 
 class Module:
@@ -87,6 +88,7 @@ class Module:
 
     def _note_calls(self, computation: Computation, line: str) -> None:
         called = {kind: _names(text) for kind, text in _CALLED.findall(line)}
+        computation.needs += [name for names in called.values() for name in names]
         if "body" in called:
             [condition], [body] = called["condition"], called["body"]
             computation.loops.append((body, self._trips(line, condition)))
@@ -134,14 +136,24 @@ class Module:
         return [body for part in self._reached(name) for body, _ in self.computations[part].loops]
 
     def collectives(self) -> list[Collective]:
-        """All of them, those in loops with how often they run."""
-        return [
-            found
-            for name, times, _ in self.loops()
-            for part in self._reached(name)
-            for line in self.computations[part].lines
-            if (found := self._collective(line, times, name != self.entry))
-        ]
+        """All of them, those in loops with how often they run.
+
+        One that runs beside other work is written into every fusion it runs beside; these have one
+        channel, and are one collective.
+        """
+        found = []
+        for name, times, _ in self.loops():
+            in_fusions = set()
+            for part in self._reached(name):
+                for line in self.computations[part].lines:
+                    each = self._collective(line, times, name != self.entry)
+                    channel = re.search(r"channel_id=\d+", line)
+                    if each is None or (part != name and channel and channel[0] in in_fusions):
+                        continue
+                    if part != name and channel:
+                        in_fusions.add(channel[0])
+                    found.append(each)
+        return found
 
     def _collective(self, line: str, times: int, in_loop: bool) -> Collective | None:
         kinds = "|".join(COLLECTIVES)
@@ -180,14 +192,18 @@ def _bytes(dtype: str, shape: str) -> int:
 
 
 def alone(module: Module, name: str) -> str:
-    """The text of a module whose entry is one of the computations."""
+    """The text of a module whose entry is one of the computations, and of what that needs."""
+    needed, waiting = {name}, [name]
+    while waiting:
+        new = set(module.computations[waiting.pop()].needs) - needed
+        needed |= new
+        waiting += new
     parts = []
-    for each in module.computations.values():
-        head, *rest = each.lines
-        head = head.removeprefix("ENTRY ")
-        parts.append("\n".join([f"ENTRY {head}" if each.name == name else head, *rest]))
-        if each.name == name:
-            break
+    for each in module.computations.values():  # in order: what is called comes first
+        if each.name in needed:
+            head, *rest = each.lines
+            head = head.removeprefix("ENTRY ")
+            parts.append("\n".join([f"ENTRY {head}" if each.name == name else head, *rest]))
     # Frames are numbered in a table of the whole text, which is left out.
     text = re.sub(r" ?stack_frame_id=\d+", "", "\n".join(parts))
     return f"HloModule alone\n\n{text}\n"

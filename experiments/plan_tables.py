@@ -78,7 +78,8 @@ def row(plan: Plan, program: Program) -> list[str]:
     """One program's line in the table, see `HEAD`."""
     found = program.figures
     stage = next((each for each in plan.stages if each.name == program.stage), None)
-    steps = stage.client_steps if stage and program.phase == "block" else 0
+    makes_steps = program.phase == "block" and found.flops > 0  # others of a block only copy
+    steps = stage.client_steps if stage and makes_steps else 0
     together = program.stage in SERVER
     own = (steps if together else steps / plan.count) or 1
     time = chips.seconds(found, plan.chip)

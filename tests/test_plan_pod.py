@@ -146,6 +146,31 @@ ENTRY %main (p: f32[8,4]) -> f32[32,4] {
     assert (found.kind, found.bytes, found.devices) == ("all-gather", 32 * 4 * 4, 4)
 
 
+def test_a_collective_beside_other_work_counts_once():
+    text = """HloModule program, num_partitions=4
+
+%first (p: f32[8,4]) -> f32[32,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  ROOT %a = f32[32,4]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,4]<=[4]
+}
+
+%second (q: f32[8,4]) -> f32[32,4] {
+  %q = f32[8,4]{1,0} parameter(0)
+  ROOT %b = f32[32,4]{1,0} all-gather(%q), channel_id=3, replica_groups=[1,4]<=[4]
+}
+
+ENTRY %main (r: f32[8,4]) -> f32[32,4] {
+  %r = f32[8,4]{1,0} parameter(0)
+  %c = f32[32,4]{1,0} fusion(%r), kind=kCustom, calls=%first
+  %s = f32[8,4]{1,0} all-reduce(%r), channel_id=1, replica_groups=[1,4]<=[4]
+  %t = f32[8,4]{1,0} all-reduce(%s), channel_id=1, replica_groups=[1,4]<=[4]
+  ROOT %d = f32[32,4]{1,0} fusion(%t), kind=kCustom, calls=%second
+}
+"""
+    kinds = sorted(each.kind for each in Module(text).collectives())
+    assert kinds == ["all-gather", "all-reduce", "all-reduce"]
+
+
 def test_ring_formula_by_hand():
     chip = chips.Chip(1e12, 1e9, 16e9, 50e9, {})
     summed = Collective("all-reduce", 10**9, 4)
