@@ -3,7 +3,7 @@
 import json
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ class Run:
     lines: list[dict[str, Any]]
     clients: dict[str, Any] | None
     samples: dict[str, np.ndarray] | None
-    answers: dict[str, dict[str, np.ndarray]]
     finished: bool
-    command: str
+    answers: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    command: str = ""
 
     def of(self, stage: str) -> list[dict[str, Any]]:
         """The lines of one stage."""

@@ -129,6 +129,7 @@ class Clients:
     """What `cohort_of` asks of a federation."""
 
     groups: list[Group]
+    clients: tuple[()] = ()
 
     @property
     def num_clients(self):

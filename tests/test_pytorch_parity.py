@@ -576,7 +576,8 @@ def test_distillation_steps(federation, mixture, record, request, batch_norm):
     student, variables = knowledge_distillation.Student(federation), perturbed(federation, 9)
     inputs = {
         "teacher": mixture[0],
-        "source": stacked,
+        "source": {"generators": stacked},
+        "first": 0,
         "weights": {
             name: jnp.float32(getattr(changed, name))
             for name in knowledge_distillation.LOSS_WEIGHTS
@@ -587,15 +588,16 @@ def test_distillation_steps(federation, mixture, record, request, batch_norm):
     images = torch_distillation.shares(
         federation.counts.sum(1), changed.images_per_generator * federation.num_clients
     )
-    assert images.sum() == len(student.prior)
+    own_prior = student.images(inputs, 0)[1]
+    assert images.sum() == len(own_prior)
     prior = torch_distillation.class_prior(federation.counts, images)
-    record("prior", prior, student.prior)
+    record("prior", prior, own_prior)
     generators = [weights.load(torch_generator(federation), upload) for upload in uploads]
     own = torch_distillation.Student(
         classifier(federation, variables), mixture[1], torch.from_numpy(prior), changed
     )
     step = jax.jit(lambda carry, number: student.step(carry, number, inputs))
-    draw = jax.jit(lambda number: student.draw(stacked, rng.fold(inputs["key"], number)))
+    draw = jax.jit(lambda number: student.images(inputs, number)[0])
     carry = student.start(variables)
     for number in range(3):
         noise = ensemble_noise(federation, rng.fold(inputs["key"], number), images)
