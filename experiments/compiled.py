@@ -85,7 +85,7 @@ def figures(lowered: jax.stages.Lowered) -> Figures:
 
 def _too_large(message: str, error: Exception) -> Figures:
     """Figures of a program that has no room on the device."""
-    used = re.search(r"Used ([\d.]+)([KMG]) of", message)
+    used = re.search(r"(?:Used |required[^(]*\()([\d.]+)([KMG])\b", message)
     if "RESOURCE_EXHAUSTED" not in message or used is None:
         raise error
     held = float(used[1]) * 1024 ** ("KMG".index(used[2]) + 1)

@@ -116,10 +116,13 @@ def settings_of(
     images = config.data.train_images or IMAGES.get(config.data.name, (None,))[0]
     if split.kind == "dirichlet" and images and images < ROOM * split.minimum * clients:
         notes.append(
-            f"{images} images have no Dirichlet({split.alpha:g}) split over {clients} clients with "
-            f"{split.minimum} each: partition.kind = iid"
+            f"{images} images are too few for a Dirichlet({split.alpha:g}) split over {clients} "
+            f"clients with {split.minimum} each: partition.kind = iid"
         )
         changes["partition.kind"] = "iid"
+    known = IMAGES.get(config.data.name, (images,))[0]
+    if images and known and images > known:
+        notes.append(f"{config.data.name} has {known} images; here it has {images}")
     if config.model.conv == "auto":
         changes["model.conv"] = "native"  # what "auto" is on a TPU
     if lanes is not None:
@@ -179,6 +182,9 @@ def plan(arguments: argparse.Namespace, chip: Chip, mesh: Mesh, clients: int, dt
         stages, _ = walk(federation, arguments.until, arguments.evaluation)
         unfit = [each for each in record.programs if not each.figures.fits]
         now = parallel.lanes_for(config.parallel.lanes, clients, mesh)
+        if federation.batch_size < config.local_update.batch_size:
+            size = federation.batch_size
+            notes.append(f"no client holds more than {size} images: local steps are of {size}")
         found = Plan(chip, mesh.size, config, stages, record.programs, notes + tried)
         if not unfit or now == 1 or arguments.keep_lanes:
             return found
