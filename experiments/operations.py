@@ -14,13 +14,14 @@ import jax.numpy as jnp
 
 from mosaic_jax import rng
 from mosaic_jax.models import build_classifier
-from mosaic_jax.stages.federation import Federation, State
+from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.generator_optimization import LOSS_WEIGHTS, ClientGenerator
 from mosaic_jax.stages.knowledge_distillation import LOSS_WEIGHTS as DISTILLATION_WEIGHTS
 from mosaic_jax.stages.knowledge_distillation import Student
 from mosaic_jax.stages.local_update import Batch, ClientUpdate
 from mosaic_jax.stages.meta_model import MetaTraining
 from mosaic_jax.stages.model_aggregation import expert_weights
+from mosaic_jax.stages.stage import State
 
 
 def operations(federation: Federation, state: State) -> dict[str, float]:

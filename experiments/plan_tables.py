@@ -8,7 +8,7 @@ from experiments.chips import Chip
 from experiments.hlo import Collective
 from experiments.planned import Program
 from mosaic_jax.config import Config
-from mosaic_jax.stages.federation import Stage
+from mosaic_jax.stages.stage import Stage
 
 SERVER = ("meta_model", "knowledge_distillation")
 """Stages whose steps all chips make together."""

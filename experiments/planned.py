@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.compiled import Figures, figures
 from mosaic_jax import methods, parallel
-from mosaic_jax.stages.federation import Federation, Stage, State
+from mosaic_jax.stages.federation import Federation
+from mosaic_jax.stages.stage import Stage, State
 from mosaic_jax.types import PyTree
 
 

@@ -17,9 +17,10 @@ import numpy as np
 from experiments.operations import operations
 from mosaic_jax import methods
 from mosaic_jax.stages.evaluation import evaluator
-from mosaic_jax.stages.federation import Federation, Stage, State
+from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.generator_ensemble import sampler
 from mosaic_jax.stages.meta_model import teacher_logits
+from mosaic_jax.stages.stage import Stage, State
 
 STAGES = (
     "local round",

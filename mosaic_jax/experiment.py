@@ -21,7 +21,8 @@ from mosaic_jax import hosts, methods, parallel
 from mosaic_jax import workdir as files
 from mosaic_jax.checkpoint import StageCheckpoints
 from mosaic_jax.metrics import MetricsFile, check_clients, check_finite, check_state
-from mosaic_jax.stages.federation import Federation, Stage, State
+from mosaic_jax.stages.federation import Federation
+from mosaic_jax.stages.stage import Stage, State
 from mosaic_jax.types import PyTree, UserError
 
 Watcher = Callable[[Stage, int, float, dict[str, Any]], None]
@@ -55,10 +56,10 @@ def run(
     federation = dataclasses.replace(federation, spill=workdir / "stacks")
     stages = methods.stages(federation.config.method, federation)
     hosts.on_first_host(lambda: files.claim(workdir, federation.config))
-    announce(stages)
     with ExitStack() as until_the_end:
         hosts.on_first_host(lambda: until_the_end.enter_context(files.in_use(workdir)))
         hosts.check_agreement("work directories", lambda: files.token(workdir))
+        announce(stages)
         return _run(stages, federation, workdir, watch, is_asked_to_stop)
 
 
@@ -72,22 +73,14 @@ def _run(
     hosts.on_first_host(lambda: files.describe(workdir, federation))
     metrics = MetricsFile(workdir / "metrics.jsonl")
     state: State = {"global": federation.initial_variables()}
-    exhibits = {stage.name: list(stage.exhibits) for stage in stages}
-
-    def forget(names: set[str]) -> None:
-        """What stages made of an earlier one that is being made anew."""
-
-        def remove() -> None:
-            for name in names:
-                files.forget(workdir, name, exhibits[name])
-
-        hosts.on_first_host(remove)
-
     for position, stage in enumerate(stages):
-        later = {other.name for other in stages[position + 1 :]}
         checkpoints = StageCheckpoints(workdir / "checkpoints" / stage.name)
+        with _in_memory(stage, federation):
+            done, carry = _resume(stage, state, federation, checkpoints)
+        if done < stage.blocks:
+            _forget(workdir, metrics, stage, done, stages[position + 1 :])
         state = run_stage(
-            stage, state, federation, checkpoints, metrics, later, forget, watch, is_asked_to_stop
+            stage, state, federation, done, carry, checkpoints, metrics, watch, is_asked_to_stop
         )
         checkpoints.close()
         for name, exhibit in stage.exhibits.items():
@@ -104,30 +97,38 @@ def _exhibit(path: Path, exhibit: Callable[[State], dict[str, np.ndarray]], stat
     hosts.on_first_host(lambda: files.save_arrays(path, arrays))
 
 
+def _forget(
+    workdir: Path, metrics: MetricsFile, stage: Stage, done: int, later: list[Stage]
+) -> None:
+    """Take out what a run makes again: all after some blocks of a stage."""
+
+    def remove() -> None:
+        names = {other.name for other in later}
+        metrics.keep(
+            lambda line: (
+                line["stage"] not in names
+                and (line["stage"] != stage.name or line["block"] <= done)
+            )
+        )
+        for other in later:
+            files.forget(workdir, other)
+
+    hosts.on_first_host(remove)
+
+
 def run_stage(
     stage: Stage,
     state: State,
     federation: Federation,
+    done: int,
+    carry: PyTree,
     checkpoints: StageCheckpoints,
     metrics: MetricsFile,
-    later: set[str],
-    forget: Callable[[set[str]], None],
     watch: Watcher,
     is_asked_to_stop: Callable[[], bool],
 ) -> State:
-    """One stage from its newest checkpoint, or from its start, to its end."""
+    """One stage to its end, from what it carries after the blocks that are done."""
     every = federation.config.run
-    with _in_memory(stage, federation):
-        done, carry = _resume(stage, state, federation, checkpoints)
-    finished = done == stage.blocks and done > 0
-    if not finished:
-        forget(later)
-        metrics.keep(
-            lambda line: (
-                line["stage"] not in later
-                and (line["stage"] != stage.name or line["block"] <= done)
-            )
-        )
     for block in range(done, stage.blocks):
         begin = time.perf_counter()
         with _in_memory(stage, federation):

@@ -24,9 +24,6 @@ HEALTH = {
     "generator_loss": "generator loss",
     "adversary_loss": "adversary loss",
 }
-DRAWN_CLIENTS = 200
-"""Clients with a line of their own; medians are of all."""
-
 HISTOGRAM_CLIENTS, SAMPLE_CLIENTS, NAMED_CLIENTS, SAMPLE_IMAGES = 100, 12, 10, 8
 
 
@@ -45,7 +42,7 @@ def figures(workdir: Path) -> list[Path]:
         "class_histogram.png": (_class_histogram, run.clients),
         "curves.png": (_curves, run.lines),
         "generator_health.png": (_generator_health, generators),
-        "generator_losses.png": (_generator_losses, generators and run.clients),
+        "generator_losses.png": (figures_models.generator_losses, generators and run.clients),
         "generator_samples.png": (_generator_samples, run.samples),
         "confusions.png": (figures_models.confusions, run.answers),
         "experts.png": (figures_models.experts, run.answers.get("meta_model")),
@@ -154,14 +151,14 @@ def _accuracy_curve(axis: "Axes", run: Run) -> None:
 
 def _generator_health(figure: "Figure", run: Run) -> None:
     """A line per client: the adversary's scores, the spread of the images, both losses."""
-    waves = _waves(run.of("generator_optimization"))
+    waves = run.waves("generator_optimization")
     blocks = np.arange(1, len(waves[0]) + 1)
     steps = blocks * run.block_steps("generator_optimization")
     figure.set_size_inches(11, 6)
     *panels, corner = figure.subplots(2, 3).flat
     for axis, (name, title) in zip(panels, HEALTH.items(), strict=True):
         values = np.hstack([[line[name] for line in wave] for wave in waves])
-        for client, own in enumerate(values.T[:DRAWN_CLIENTS]):
+        for client, own in enumerate(values.T[: figures_models.DRAWN_CLIENTS]):
             look = (
                 {"label": f"client {client}"}
                 if values.shape[1] <= NAMED_CLIENTS
@@ -180,20 +177,6 @@ def _generator_health(figure: "Figure", run: Run) -> None:
     corner.legend(handles=named, loc="center", frameon=False)
     corner.axis("off")
     figure.suptitle(f"Generators of {values.shape[1]} clients; scores are their adversary's")
-
-
-def _generator_losses(figure: "Figure", run: Run) -> None:
-    """The paper's Figures 3 and 4."""
-    figures_models.generator_losses(figure, run, _waves(run.of("generator_optimization")))
-
-
-def _waves(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The lines of clients that were trained together, as far as all of these have come."""
-    waves: dict[str, list[dict[str, Any]]] = {}
-    for line in lines:
-        waves.setdefault(str(line.get("clients")), []).append(line)
-    whole = max(map(len, waves.values()))
-    return [wave for wave in waves.values() if len(wave) == whole]
 
 
 def _generator_samples(figure: "Figure", run: Run) -> None:

@@ -1,6 +1,6 @@
 """Figures of what the models answer: confusions, experts, and generators by their clients' size."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 FINAL = ("fine_tuning", "knowledge_distillation", "local_update")
 """Stages whose model a run may end with, the last first."""
+
+DRAWN_CLIENTS = 200
+"""Clients with a line of their own; medians and last losses are of all."""
 
 DRAWN_EXPERTS, NUMBERED = 10, 20
 """Experts with a matrix of their own; classes up to which axes are numbered one by one."""
@@ -80,13 +83,17 @@ def experts(figure: "Figure", run: Run) -> None:
     figure.colorbar(image, ax=figure.axes, label="share of the class's test images")
 
 
-def generator_losses(figure: "Figure", run: Run, waves: list[list[dict[str, Any]]]) -> None:
-    """Generator losses over the steps, coloured by the client's images, and where they end."""
+def generator_losses(figure: "Figure", run: Run) -> None:
+    """Generator losses over the steps, coloured by the client's images, and where they end.
+
+    The paper's Figures 3 and 4.
+    """
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
     assert run.clients is not None
     sizes = np.array(run.clients["class_counts"]).sum(axis=1)
+    waves = run.waves("generator_optimization")
     losses = np.hstack([[line["generator_loss"] for line in wave] for wave in waves])
     order = [client for wave in waves for client in wave[0].get("clients", range(len(sizes)))]
     own, norm = sizes[order], LogNorm(max(1, sizes.min()), max(2, sizes.max()))
@@ -94,7 +101,7 @@ def generator_losses(figure: "Figure", run: Run, waves: list[list[dict[str, Any]
     figure.set_size_inches(11, 4.2)
     left, right = figure.subplots(1, 2)
     colours = colormaps["viridis"](norm(own))
-    for colour, values in zip(colours, losses.T, strict=True):
+    for colour, values in zip(colours, losses.T[:DRAWN_CLIENTS], strict=False):
         left.plot(steps, values, color=colour, lw=1, marker="." if len(steps) < 20 else "")
     left.set(xlabel="steps", ylabel="generator loss", title="loss of each client's generator")
     right.scatter(own, losses[-1], c=own, norm=norm, cmap="viridis")

@@ -67,8 +67,8 @@ def join(coordinator: str | None, count: int | None, number: int | None, seconds
 def part() -> None:
     """Wait for all hosts at the end of the run; from then on each may end on its own."""
     if jax.process_count() > 1:
-        _parting.set()
         multihost_utils.sync_global_devices("part")
+        _parting.set()
 
 
 _parting = threading.Event()

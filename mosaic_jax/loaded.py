@@ -20,11 +20,12 @@ from flax.traverse_util import flatten_dict
 from mosaic_jax import experiment, main, rng
 from mosaic_jax import settings as reader
 from mosaic_jax.config import Config
-from mosaic_jax.stages.evaluation import predictor
-from mosaic_jax.stages.federation import Federation, State
+from mosaic_jax.stages.evaluation import Predictor, predictor
+from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.generator_ensemble import build
 from mosaic_jax.stages.meta_model import teacher_logits
 from mosaic_jax.stages.model_aggregation import member_logits, mixture
+from mosaic_jax.stages.stage import State
 from mosaic_jax.types import Array, PyTree, UserError, Variables
 
 
@@ -119,15 +120,15 @@ class LoadedRun:
         return images
 
     @cached_property
-    def _student_logits(self):  # type: ignore[no-untyped-def]
+    def _student_logits(self) -> Predictor:
         return predictor(self.federation)
 
     @cached_property
-    def _teacher_logits(self):  # type: ignore[no-untyped-def]
+    def _teacher_logits(self) -> Predictor:
         return predictor(self.federation, teacher_logits(self.federation))
 
     @cached_property
-    def _expert_logits(self):  # type: ignore[no-untyped-def]
+    def _expert_logits(self) -> Predictor:
         logits, mix = member_logits(self.federation), mixture(self.federation)
 
         def flat(variables: PyTree, images: Array) -> Array:

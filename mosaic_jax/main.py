@@ -29,7 +29,8 @@ from mosaic_jax import experiment, hosts, methods, parallel, plan, report, setti
 from mosaic_jax.config import Config
 from mosaic_jax.data import cache, sources
 from mosaic_jax.stages import federation as federations
-from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.stages.federation import Federation
+from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -79,18 +80,10 @@ def main(argv: list[str]) -> int:
             stages = methods.stages(config.method, federation)
             console.print(plan.plan(federation, stages, workdir))
             console.print(plan.measured(federation, stages))
-            return 0
-
-        def announce(stages: list[Stage]) -> None:
-            console.print(plan.plan(federation, stages, workdir))
-            if hosts.is_first():
-                words = ["python", "-m", "mosaic_jax.main", *argv[1:]]
-                (workdir / "command.txt").write_text(shlex.join(words) + "\n")
-
-        with _progress(console) as progress:
-            experiment.run(federation, workdir, Watcher(progress), _terminations(), announce)
+        else:
+            _run(federation, workdir, argv, console)
         hosts.part()
-        if hosts.is_first():
+        if hosts.is_first() and not PLAN.value:
             report.show(workdir, console)
     except experiment.Stopped:
         print("stopped after saving; the same command resumes", file=sys.stderr)
@@ -108,6 +101,19 @@ def main(argv: list[str]) -> int:
         traceback.print_exc()
         return FAILED  # at once: an interpreter that ends of itself waits for the other hosts
     return 0
+
+
+def _run(federation: Federation, workdir: Path, argv: list[str], console: Console) -> None:
+    """Run, with the plan before and a progress bar."""
+
+    def announce(stages: list[Stage]) -> None:
+        console.print(plan.plan(federation, stages, workdir))
+        if hosts.is_first():
+            words = ["python", "-m", "mosaic_jax.main", *argv[1:]]
+            (workdir / "command.txt").write_text(shlex.join(words) + "\n")
+
+    with _progress(console) as progress:
+        experiment.run(federation, workdir, Watcher(progress), _terminations(), announce)
 
 
 def _help() -> Table:

@@ -184,6 +184,13 @@ def reduce_clients(
     return reduced
 
 
+def chosen(stack: PyTree, numbers: Array | np.ndarray) -> PyTree:
+    """Rows of a stack [clients, ...], different ones in order: all of them stay where they lie."""
+    if len(numbers) == count(stack):
+        return stack
+    return jax.tree.map(lambda leaf: leaf[numbers], stack)
+
+
 def count(clients: PyTree) -> int:
     """Number of clients in a stacked pytree."""
     return jax.tree.leaves(clients)[0].shape[0]

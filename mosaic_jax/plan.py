@@ -11,7 +11,8 @@ from rich.table import Table
 
 from mosaic_jax import parallel
 from mosaic_jax.stages import federation as federations
-from mosaic_jax.stages.federation import Federation, Stage, num_bytes
+from mosaic_jax.stages.federation import Federation, num_bytes
+from mosaic_jax.stages.stage import Stage
 
 SHOWN_CLIENTS, COUNTED_CLASSES, COLUMNS = 20, 12, 50
 """Clients with a row of their own; classes whose images are counted rather than shaded; classes
@@ -107,15 +108,11 @@ def _size(number: float) -> str:
 
 def _stacks(federation: Federation, stages: list[Stage]) -> int:
     """Bytes of what outlives a stage for every client: its model and its uploaded generator."""
-    model = num_bytes(federation.shapes(federation.model))
-    names = {stage.name: stage for stage in stages}
-    kept = model if "model_aggregation" in names else 0
-    kept += (
-        int(np.mean(names["generator_optimization"].upload))
-        if "generator_optimization" in names
-        else 0
-    )
-    return federation.num_clients * kept
+    kept = {
+        "model_aggregation": num_bytes(federation.shapes(federation.model)),
+        **{s.name: int(np.mean(s.upload)) for s in stages if s.name == "generator_optimization"},
+    }
+    return federation.num_clients * sum(kept.get(stage.name, 0) for stage in stages)
 
 
 def _padding(federation: Federation) -> float:

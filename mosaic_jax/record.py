@@ -29,6 +29,14 @@ class Run:
         """The lines of one stage."""
         return [line for line in self.lines if line["stage"] == stage]
 
+    def waves(self, stage: str) -> list[list[dict[str, Any]]]:
+        """The lines of a stage by clients that were trained together, as far as all have come."""
+        waves: dict[str, list[dict[str, Any]]] = {}
+        for line in self.of(stage):
+            waves.setdefault(str(line.get("clients")), []).append(line)
+        whole = max(map(len, waves.values()), default=0)
+        return [wave for wave in waves.values() if len(wave) == whole]
+
     def evaluations(self, stage: str, prefix: str = "") -> list[tuple[Any, ...]]:
         """(block, test, local test, validation or None) of each evaluation in a stage."""
         names = [f"{prefix}{part}accuracy" for part in ("test_", "local_test_", "validation_")]

@@ -19,7 +19,8 @@ import numpy as np
 from mosaic_jax.config import Config
 from mosaic_jax.metrics import MetricsFile
 from mosaic_jax.settings import flat
-from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.stages.federation import Federation
+from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import UserError
 
 
@@ -33,23 +34,22 @@ def claim(workdir: Path, config: Config) -> None:
     """
     path = workdir / "config.json"
     settings = json.loads(json.dumps(dataclasses.asdict(config)))  # as it is read back
+    here = flat(settings)
     if path.exists():
         try:
-            before = json.loads(path.read_text())
+            there = flat(json.loads(path.read_text()))
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not a config: {error}") from None
         different = [
             name
-            for name in sorted(set(flat(settings)) | set(flat(before)))
-            if flat(settings).get(name) != flat(before).get(name)
-            and not name.startswith(("parallel.", "run."))
+            for name in sorted(here.keys() | there.keys())
+            if here.get(name) != there.get(name) and not name.startswith(("parallel.", "run."))
         ]
         if different:
             name = different[0]
             raise UserError(
-                f"{workdir} holds a run of another config ({name}: "
-                f"{flat(before).get(name)!r} there, {flat(settings).get(name)!r} here); "
-                "choose another --workdir"
+                f"{workdir} holds a run of another config ({name}: {there.get(name)!r} there, "
+                f"{here.get(name)!r} here); choose another --workdir"
             )
         return
     if workdir.exists() and any(workdir.iterdir()) and not (workdir / "checkpoints").exists():
@@ -86,10 +86,10 @@ def token(workdir: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def forget(workdir: Path, stage: str, exhibits: list[str]) -> None:
+def forget(workdir: Path, stage: Stage) -> None:
     """Remove a stage's checkpoints and exhibits, and the sign that the run has ended."""
-    shutil.rmtree(workdir / "checkpoints" / stage, ignore_errors=True)
-    for name in (*(f"{exhibit}.npz" for exhibit in exhibits), "summary.json"):
+    shutil.rmtree(workdir / "checkpoints" / stage.name, ignore_errors=True)
+    for name in (*(f"{exhibit}.npz" for exhibit in stage.exhibits), "summary.json"):
         (workdir / name).unlink(missing_ok=True)
 
 

@@ -249,6 +249,17 @@ def test_a_stage_without_memory_says_what_to_change(
         run(federation, tmp_path / "run")
 
 
+def test_a_finished_run_without_rounds_is_left_as_it_is(make_federation, tmp_path):
+    federation = make_federation(**TINY | {"local_update.rounds": 0, "fine_tuning.rounds": 0})
+    first, blocks = run(federation, tmp_path / "run")
+    assert blocks
+    kept = lines(tmp_path / "run")
+    again, none = run(federation, tmp_path / "run")
+    assert none == []
+    assert lines(tmp_path / "run") == kept
+    assert_same(first, again)
+
+
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(make_federation, whole, tmp_path):
     rare = make_federation(**TINY | {"run.checkpoint_every": 100})
     answers = iter([False, True])

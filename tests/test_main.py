@@ -60,6 +60,10 @@ BAD = {
         [DIGITS, "--config.method=fedavg", "--config.fedprox.mu=0.1"],
         "method 'fedavg' does not use 'fedprox.mu'",
     ),
+    "a bound where no client's model is kept": (
+        [DIGITS, "--config.method=fedavg", "--config.parallel.memory_gib=1"],
+        "method 'fedavg' does not use 'parallel.memory_gib'",
+    ),
     "a scheme where the method has one": (
         [
             "--config=configs/digits.py",

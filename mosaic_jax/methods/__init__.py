@@ -1,6 +1,6 @@
 """Methods: each module lists, in `stages(federation)`, which stages run in which order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from mosaic_jax.methods import (
     dense,
@@ -17,7 +17,8 @@ from mosaic_jax.methods import (
     mosaic,
 )
 from mosaic_jax.settings import unknown
-from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.stages.federation import Federation
+from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import UserError
 
 METHODS: dict[str, Callable[[Federation], list[Stage]]] = {
@@ -59,11 +60,14 @@ OWN = {
 }
 """Those of one method alone."""
 
-FIXED = {key: {"submodel.scheme"} for key in ("heterofl", "fedrolex", "federated_dropout")}
-"""Settings that a method's definition leaves no choice of."""
+FIXED = {name: {"parallel.memory_gib"} for name in METHODS if name != "mosaic"}
+"""Settings of `EVERY` that a method has no use for: but for Mosaic they keep no client's models."""
+
+for _name in ("heterofl", "fedrolex", "federated_dropout"):
+    FIXED[_name].add("submodel.scheme")  # their definition leaves no choice
 
 
-def check_used(name: str, given: Sequence[str]) -> None:
+def check_used(name: str, given: Iterable[str]) -> None:
     """Refuse settings that a user gives and the method does not read.
 
     Args:
@@ -74,10 +78,6 @@ def check_used(name: str, given: Sequence[str]) -> None:
       UserError: naming the setting and the sections the method has.
     """
     own = OWN.get(name, set())
-    if name != "mosaic" and "parallel.memory_gib" in given:
-        raise UserError(
-            f"method {name!r} does not use 'parallel.memory_gib': it keeps no client's model"
-        )
     for setting in given:
         section, _, rest = setting.partition(".")
         if setting in FIXED.get(name, set()) or (rest and section not in EVERY | own):

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from mosaic_jax.stages import rounds
-from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.generator_losses import inversion_loss
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.stages.server_distillation import ServerDistillation, mean_where
+from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import Array, PyTree, Variables
 
 

@@ -12,13 +12,14 @@ import optax
 
 from mosaic_jax import rng
 from mosaic_jax.stages import rounds
-from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.stages.server_distillation import (
     ServerDistillation,
     mean_where,
     mode_seeking,
 )
+from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import Array, PyTree, Variables
 
 AVERAGE = 0.5

@@ -10,8 +10,9 @@ import dataclasses
 from mosaic_jax.models.normalisation import with_norms
 from mosaic_jax.stages import rounds
 from mosaic_jax.stages.evaluation import personal_evaluator
-from mosaic_jax.stages.federation import Federation, Stage, State
+from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.local_update import ClientUpdate
+from mosaic_jax.stages.stage import Stage, State
 
 
 def stages(federation: Federation) -> list[Stage]:

@@ -1,7 +1,8 @@
 """Federated Dropout (Caldas et al. 2018): sub-models of channels drawn anew every time."""
 
 from mosaic_jax.stages import rounds
-from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.stages.federation import Federation
+from mosaic_jax.stages.stage import Stage
 
 
 def stages(federation: Federation) -> list[Stage]:

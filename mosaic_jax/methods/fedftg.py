@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from mosaic_jax.stages import rounds
-from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.stages.server_distillation import ServerDistillation, mode_seeking
+from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import Array, PyTree
 
 

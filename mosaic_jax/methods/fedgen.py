@@ -14,8 +14,9 @@ import optax
 from mosaic_jax import rng
 from mosaic_jax.models import LatentGenerator, head_logits, submodel
 from mosaic_jax.stages import rounds
-from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.local_update import Batch, ClientUpdate
+from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import Array, Outputs, PyTree, Variables
 
 NOISE = 32

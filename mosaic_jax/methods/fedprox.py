@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from mosaic_jax.stages import rounds
-from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.local_update import Batch, ClientUpdate
+from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import Array, Outputs, PyTree
 
 

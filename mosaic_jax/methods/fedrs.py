@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 
 from mosaic_jax.stages import rounds
-from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.local_update import ClientUpdate
+from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import Array, PyTree
 
 

@@ -14,8 +14,9 @@ from mosaic_jax.stages import (
     prototypes,
     rounds,
 )
-from mosaic_jax.stages.federation import Federation, Stage
+from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.local_update import ClientUpdate
+from mosaic_jax.stages.stage import Stage
 
 
 def stages(federation: Federation) -> list[Stage]:

@@ -11,7 +11,8 @@ import numpy as np
 
 from mosaic_jax import parallel
 from mosaic_jax.data.clients import to_float
-from mosaic_jax.stages.federation import Federation, State
+from mosaic_jax.stages.federation import Federation
+from mosaic_jax.stages.stage import State
 from mosaic_jax.types import Array, PyTree
 
 CHUNK = parallel.BLOCK

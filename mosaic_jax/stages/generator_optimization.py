@@ -15,9 +15,10 @@ import numpy as np
 
 from mosaic_jax import parallel, stacks
 from mosaic_jax.stages.client_generator import CARRY, LOSS_WEIGHTS, ClientGenerator
-from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
+from mosaic_jax.stages.federation import Federation, num_bytes
 from mosaic_jax.stages.generator_ensemble import sampler
 from mosaic_jax.stages.model_aggregation import client_models
+from mosaic_jax.stages.stage import Stage, State
 from mosaic_jax.types import PyTree, UserError, Variables
 
 SAMPLES = 8
@@ -46,7 +47,7 @@ class Generators:
         self.waves = -(-federation.num_clients // self.size)
         self.blocks = self.settings.steps // self.settings.block_steps
         self.models = client_models(federation)
-        self.checked: set[int] = set()
+        self.checked: set[int] = set()  # waves whose uploads need not be read again
         self.start_all = federation.jit(_spread(federation, federation.map(self.client.start)))
         self.block_all = federation.jit(
             _spread(federation, _paired(federation.map(self.client.block))), donate_argnums=2
@@ -67,9 +68,7 @@ class Generators:
 
     def lists(self, wave: int) -> PyTree:
         """The packed lists of a wave's clients."""
-        if self.waves == 1:
-            return self.federation.clients
-        return stacks.rows(self.federation.clients, self.members(wave))
+        return parallel.chosen(self.federation.clients, self.members(wave))
 
     def start(self, state: State, wave: int = 0) -> PyTree:
         """What a wave of clients carries before its first step."""
@@ -143,9 +142,9 @@ class Generators:
         """Some generated and some real images of the first clients, for the eye."""
         federation = self.federation
         clients = np.arange(min(SAMPLED_CLIENTS, federation.num_clients))
-        chosen = state["generators"]
-        if len(clients) < federation.num_clients:
-            chosen = federation.place(stacks.rows(chosen, clients))
+        chosen = parallel.chosen(state["generators"], clients)
+        if stacks.on_disk(state["generators"]):
+            chosen = federation.place(chosen)
         numbers = federation.place({"key": federation.key("samples"), "clients": clients})
         draw = federation.jit(sampler(federation, SAMPLES))
         images = parallel.to_host(draw(chosen, numbers["key"], numbers["clients"]))
@@ -162,7 +161,10 @@ def check_room(federation: Federation, together: int) -> None:
     Raises:
       UserError: they have not; says how many have.
     """
-    generators, room = Generators(federation), federation.config.parallel.memory_gib * 2**30
+    room = federation.config.parallel.memory_gib * 2**30
+    if not room:
+        return
+    generators = Generators(federation)
     most = int(room // num_bytes(generators.upload()))
     if generators.waves > 1 and together > most:
         raise UserError(

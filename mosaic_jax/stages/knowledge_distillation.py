@@ -19,11 +19,12 @@ from mosaic_jax import rng, stacks
 from mosaic_jax.data.clients import crop_and_flip, to_float
 from mosaic_jax.parallel import AXIS
 from mosaic_jax.stages.evaluation import answers, evaluator, predictor
-from mosaic_jax.stages.federation import Federation, Metrics, Stage, State
+from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.generator_ensemble import Ensemble, log_class_prior
 from mosaic_jax.stages.generator_losses import diversity_loss
 from mosaic_jax.stages.generator_optimization import check_room
 from mosaic_jax.stages.meta_model import teacher_logits
+from mosaic_jax.stages.stage import Metrics, Stage, State
 from mosaic_jax.types import Array, PyTree, Variables
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ from mosaic_jax.data.clients import epoch_batch
 from mosaic_jax.models import MetaModel, head_logits
 from mosaic_jax.parallel import AXIS, stacked
 from mosaic_jax.stages.evaluation import evaluator, predictor
-from mosaic_jax.stages.federation import Federation, Stage, State
+from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.model_aggregation import member_logits, mixture
+from mosaic_jax.stages.stage import Stage, State
 from mosaic_jax.types import Array, PyTree, UserError
 
 ATTENTION_BYTES = 1 << 30

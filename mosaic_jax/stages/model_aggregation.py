@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mosaic_jax.parallel import in_blocks
-from mosaic_jax.stacks import rows
+from mosaic_jax.parallel import chosen, in_blocks
 from mosaic_jax.stages import calibration
 from mosaic_jax.stages.cohort import cohort_of, round_bytes, size_weights
 from mosaic_jax.stages.evaluation import evaluator
-from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
+from mosaic_jax.stages.federation import Federation, num_bytes
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.stages.round import OneClient, round_function, shared_numbers
+from mosaic_jax.stages.stage import Stage, State
 from mosaic_jax.types import Array, PyTree, UserError, Variables
 
 
@@ -135,17 +135,13 @@ def keeps_clients(federation: Federation) -> bool:
 
 
 def client_models(federation: Federation) -> Callable[[State, np.ndarray], Variables]:
-    """`(state, clients [n]) -> their models after the round, [n, ...]`; n clients or all.
+    """`(state, clients [n]) -> their models after the round, [n, ...]`.
 
     Those that were not kept are trained once more: a few steps, of a seed, beside the thousands of
     their generators.
     """
     if keeps_clients(federation):
-        return lambda state, clients: (
-            state["clients"]
-            if len(clients) == federation.num_clients
-            else rows(state["clients"], clients)
-        )
+        return lambda state, clients: chosen(state["clients"], clients)
     update, shared = _last_update(federation)
     [group] = federation.groups
     one = OneClient(update, group, federation.config.submodel.scheme, keep=True)
@@ -154,7 +150,7 @@ def client_models(federation: Federation) -> Callable[[State, np.ndarray], Varia
 
     def trained(state: State, clients: np.ndarray) -> Variables:
         received = {"variables": state["received"]}
-        return cast(Variables, train(shared | received, rows(federation.clients, clients)))
+        return cast(Variables, train(shared | received, chosen(federation.clients, clients)))
 
     return trained
 

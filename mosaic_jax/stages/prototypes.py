@@ -21,8 +21,9 @@ import numpy as np
 from mosaic_jax import parallel, rng
 from mosaic_jax.data.clients import pack, to_float
 from mosaic_jax.stages.cohort import model_bytes
-from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
+from mosaic_jax.stages.federation import Federation, num_bytes
 from mosaic_jax.stages.model_aggregation import averages_parameters, expert_weights
+from mosaic_jax.stages.stage import Stage, State
 from mosaic_jax.types import Array, PyTree
 
 BATCH = 64

@@ -150,8 +150,8 @@ def round_function(
         variables, results = carry["global"], []
         for reduce, ids, weights in zip(reduces, cohort["ids"], cohort["weights"], strict=True):
             clients = cohort["lists"] | ({"norms": carry["norms"]} if update.personal else {})
-            chosen = _chosen(clients, ids)
-            results.append(reduce(shared | {"variables": variables}, chosen, weights))
+            members = parallel.chosen(clients, ids)
+            results.append(reduce(shared | {"variables": variables}, members, weights))
         sums = _total([sums for sums, _ in results])
         kept = _in_order([kept for _, kept in results], cohort["slots"])
         first = averaged(jax.tree.map(lambda leaf: leaf[0], sums), variables)
@@ -163,13 +163,6 @@ def round_function(
         return federation.spread(kept) | {"carry": after, "others": federation.spread(others)}
 
     return federation.jit(one_round, donate_argnums=0)
-
-
-def _chosen(clients: PyTree, ids: Array) -> PyTree:
-    """These rows of stacks [clients, ...]; all of them are in order and stay where they lie."""
-    if len(ids) == parallel.count(clients):
-        return clients
-    return jax.tree.map(lambda leaf: leaf[ids], clients)
 
 
 def _in_order(groups: list[PyTree], slots: Array) -> PyTree:

@@ -17,9 +17,10 @@ from mosaic_jax.stages.cohort import (
     size_weights,
 )
 from mosaic_jax.stages.evaluation import answers, evaluator, predictor
-from mosaic_jax.stages.federation import Federation, Stage, State, num_bytes
+from mosaic_jax.stages.federation import Federation, num_bytes
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.stages.round import round_function, shared_numbers
+from mosaic_jax.stages.stage import Stage, State
 from mosaic_jax.types import Array, PyTree, Variables
 
 

@@ -1,0 +1,50 @@
+"""What every stage gives back.
+
+A `Stage` is one box of the paper's Figure 1 cut into compiled blocks: the experiment runs, logs and
+saves it without knowing what it does. Between stages runs a `State`, a plain dict of named pytrees.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mosaic_jax.types import PyTree
+
+State = dict[str, PyTree]
+Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as compiled blocks over a carried pytree.
+
+    Attributes:
+      name: also the name of its checkpoints and metrics.
+      blocks: number of compiled calls.
+      start: state -> first carry; traceable, so that checkpoints can be restored by shape.
+      block: (state, carry, block index) -> carry and metrics; each metric is a scalar or an
+        array [clients].
+      finish: (state, carry) -> state; traceable and cheap.
+      evaluate: state after `finish` -> named figures; never feeds back into the run.
+      exhibits: files for the report, by name: state after `finish` -> arrays.
+      inspect: a block's metrics on the host -> warnings.
+      stacks: entries of the carry whose leaves lead with an axis of clients or models.
+      client_steps: optimiser steps of all clients (or of the server) in one block.
+      download: bytes each client receives in the whole stage, [clients].
+      upload: bytes each client sends.
+    """
+
+    name: str
+    blocks: int
+    start: Callable[[State], PyTree]
+    block: Callable[[State, PyTree, int], tuple[PyTree, Metrics]]
+    finish: Callable[[State, PyTree], State]
+    evaluate: Callable[[State], dict[str, float]] = field(default=lambda state: {})
+    exhibits: Mapping[str, Callable[[State], dict[str, np.ndarray]]] = field(default_factory=dict)
+    inspect: Callable[[Metrics], None] = field(default=lambda metrics: None)
+    stacks: frozenset[str] = frozenset()
+    client_steps: int = 0
+    download: np.ndarray | int = 0
+    upload: np.ndarray | int = 0
