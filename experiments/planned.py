@@ -8,6 +8,7 @@ which programs there are, on what, in which order: a plan cannot drift from the 
 
 import dataclasses
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments import compiled, hlo
 from experiments.compiled import Figures, figures
 from mosaic_jax import methods, parallel
 from mosaic_jax.stages.federation import Federation
@@ -71,7 +73,8 @@ class Record:
         if self.cache is None:
             return figures(lowered)
         device = mesh.devices.flat[0]
-        parts = (lowered.as_text(), device.device_kind, device.client.platform_version)
+        readers = map(inspect.getsource, (compiled, hlo))  # who read otherwise, found other figures
+        parts = (lowered.as_text(), device.device_kind, device.client.platform_version, *readers)
         path = self.cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
         if not path.exists():
             self.cache.mkdir(parents=True, exist_ok=True)
