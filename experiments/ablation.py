@@ -29,6 +29,9 @@ VARIANTS: dict[str, Settings] = {
     },
     "prototypes in the global model's features": {"prototypes.features": "global"},
     "meta model blind to who is who": {"meta_model.expert_embedding": False},
+    "no entropy or diversity loss": {"generator_optimization.diversity_weight": 0.0},
+    "one averaged generator": {"knowledge_distillation.images": "averaged"},
+    "uniform teacher: no prototypes, no meta model": {"knowledge_distillation.teacher": "uniform"},
     "class shares not used": {"knowledge_distillation.class_prior": False},
     "distillation on the global model's statistics": {
         "knowledge_distillation.batch_norm": "frozen"

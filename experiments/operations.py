@@ -132,7 +132,8 @@ def of_generators(federation: Federation, state: State) -> tuple[float, float]:
         return client._adversarial_loss(made, adversary, rng.fold(key, 5))
 
     def looking_at_frozen(fake: jax.Array) -> jax.Array:
-        return client._frozen_loss(fake, frozen, {name: jnp.float32(1) for name in LOSS_WEIGHTS})
+        ones = {name: jnp.float32(1) for name in LOSS_WEIGHTS}
+        return client._frozen_loss(fake, frozen, ones)[0]
 
     of_adversary = flops(
         jax.value_and_grad(client.adversary.loss, has_aux=True),

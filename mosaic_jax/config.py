@@ -169,7 +169,9 @@ class KnowledgeDistillation:
     block_steps: int = 50  # steps in one compiled call
     images_per_generator: int = 32  # on average; shared out by the clients' numbers of images
     generators_per_step: int = 0  # seeded draw, a divisor of the clients; 0: all, at most 256
-    images: str = "generated"  # generated | real (an oracle that no federation could run)
+    images: str = "generated"  # generated | averaged (one generator of the clients' mean weights) |
+    # real (an oracle that no federation could run)
+    teacher: str = "meta"  # meta (the mixture of experts) | uniform (the mean of the experts)
     class_prior: bool = False  # teacher's answers times the class shares of the generator's client
     learning_rate: float = 1e-4  # Adam; falls to 0 along a cosine
     kl_weight: float = 0.8
@@ -232,6 +234,6 @@ class Config:
 
 
 def needs_generators(config: Config) -> bool:
-    """Whether the distillation draws generated images."""
+    """Whether the distillation draws images of the clients' generators."""
     distillation = config.knowledge_distillation
-    return distillation.steps > 0 and distillation.images == "generated"
+    return distillation.steps > 0 and distillation.images != "real"

@@ -1,4 +1,4 @@
-"""The figures of a work directory, as PNGs: classes, curves, generator health and samples."""
+"""The figures of a work directory: classes, curves, generator health and samples."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +21,21 @@ HEALTH = {
     "real_score": "score of real images",
     "fake_score": "score of generated images",
     "spread": "spread of generated images",
+    "class_entropy": "entropy of generated classes",
     "generator_loss": "generator loss",
     "adversary_loss": "adversary loss",
 }
+UNDATED = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
+"""Metadata left out, so that the same run gives the same files."""
 HISTOGRAM_CLIENTS, SAMPLE_CLIENTS, NAMED_CLIENTS, SAMPLE_IMAGES = 100, 12, 10, 8
 
 
-def figures(workdir: Path) -> list[Path]:
-    """Draw what the run's files allow, as PNGs in `figures/` of the work directory.
+def figures(workdir: Path, form: str = "png") -> list[Path]:
+    """Draw what the run's files allow into `figures/` of the work directory.
+
+    Args:
+      workdir: of the run.
+      form: "png", or "pdf" for papers.
 
     Raises:
       UserError: see `load`; or the directory cannot be written to.
@@ -39,27 +46,27 @@ def figures(workdir: Path) -> list[Path]:
     run, paths = load(workdir), []
     generators = run.of("generator_optimization")
     wanted: dict[str, tuple[Callable[[Figure, Run], None], Any]] = {
-        "class_histogram.png": (_class_histogram, run.clients),
-        "curves.png": (_curves, run.lines),
-        "generator_health.png": (_generator_health, generators),
-        "generator_losses.png": (figures_models.generator_losses, generators and run.clients),
-        "generator_samples.png": (_generator_samples, run.samples),
-        "confusions.png": (figures_models.confusions, run.answers),
-        "experts.png": (figures_models.experts, run.answers.get("meta_model")),
+        "class_histogram": (_class_histogram, run.clients),
+        "curves": (_curves, run.lines),
+        "generator_health": (_generator_health, generators),
+        "generator_losses": (figures_models.generator_losses, generators and run.clients),
+        "generator_samples": (_generator_samples, run.samples),
+        "confusions": (figures_models.confusions, run.answers),
+        "experts": (figures_models.experts, run.answers.get("meta_model")),
     }
     with matplotlib.style.context("default"):
         for name, (draw, needed) in wanted.items():
             if needed:
                 figure = Figure(layout="constrained", dpi=100)
                 draw(figure, run)
-                paths.append(_save(figure, workdir / "figures" / name))
+                paths.append(_save(figure, workdir / "figures" / f"{name}.{form}"))
     return paths
 
 
 def _save(figure: "Figure", path: Path) -> Path:
     try:
         path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, metadata={"Software": None})
+        figure.savefig(path, metadata=UNDATED[path.suffix])
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     return path
@@ -150,13 +157,14 @@ def _accuracy_curve(axis: "Axes", run: Run) -> None:
 
 
 def _generator_health(figure: "Figure", run: Run) -> None:
-    """A line per client: the adversary's scores, the spread of the images, both losses."""
+    """A line per client of each figure in `HEALTH` that the run has."""
     waves = run.waves("generator_optimization")
     blocks = np.arange(1, len(waves[0]) + 1)
     steps = blocks * run.block_steps("generator_optimization")
-    figure.set_size_inches(11, 6)
-    *panels, corner = figure.subplots(2, 3).flat
-    for axis, (name, title) in zip(panels, HEALTH.items(), strict=True):
+    names = [name for name in HEALTH if name in waves[0][0]]
+    figure.set_size_inches(12, 6)
+    panels = list(figure.subplots(2, 3).flat)
+    for axis, name in zip(panels, names, strict=False):
         values = np.hstack([[line[name] for line in wave] for wave in waves])
         for client, own in enumerate(values.T[: figures_models.DRAWN_CLIENTS]):
             look = (
@@ -166,17 +174,27 @@ def _generator_health(figure: "Figure", run: Run) -> None:
             )
             axis.plot(steps, own, lw=1, marker="." if len(steps) < 20 else "", **look)
         axis.plot(steps, np.median(values, axis=1), color="black", lw=2, label="median")
-        axis.set(title=title, xlabel="steps")
+        axis.set(title=HEALTH[name], xlabel="steps")
+        if name == "class_entropy" and run.clients is not None:
+            own = _class_entropy(np.asarray(run.clients["class_counts"]))
+            axis.axhline(own, color="black", ls=":", label=f"entropy of real classes, {own:.2f}")
         if name == "spread" and run.samples and run.samples["real"].shape[1] > 1:
             real = run.samples["real"].std(axis=1, ddof=1).mean() / 127.5
             axis.axhline(real, color="black", ls="--", label=f"spread of real images, {real:.2f}")
         if "loss" not in name:
-            axis.set_ylim(0, None if name == "spread" else 1)
+            axis.set_ylim(0, 1 if name.endswith("score") else None)
+    for axis in panels[len(names) :]:
+        axis.axis("off")
     handles = {line.get_label(): line for axis in panels for line in axis.get_lines()}
     named = [line for label, line in handles.items() if not str(label).startswith("_")]
-    corner.legend(handles=named, loc="center", frameon=False)
-    corner.axis("off")
+    figure.legend(handles=named, loc="outside right center", frameon=False)
     figure.suptitle(f"Generators of {values.shape[1]} clients; scores are their adversary's")
+
+
+def _class_entropy(counts: np.ndarray) -> float:
+    """Entropy (nats) of a client's classes, mean over clients; counts are [clients, classes]."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return float(-np.sum(shares * np.log(np.where(shares > 0, shares, 1))) / len(shares))
 
 
 def _generator_samples(figure: "Figure", run: Run) -> None:

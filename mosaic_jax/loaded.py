@@ -6,6 +6,7 @@ run = load_run("runs/digits")
 run.classify(run.federation.dataset.test_images[:5])  # logits of the student
 run.teacher(images); run.experts(images); run.draw(client=0, images=8)
 run.save_student("student.npz")
+run.export_student("student.stablehlo")
 """
 
 import json
@@ -15,18 +16,21 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
+from jax import export
 
 from mosaic_jax import experiment, main, rng
 from mosaic_jax import settings as reader
 from mosaic_jax.config import Config
+from mosaic_jax.data.clients import to_float
 from mosaic_jax.stages.evaluation import Predictor, predictor
 from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.generator_ensemble import build
 from mosaic_jax.stages.meta_model import teacher_logits
 from mosaic_jax.stages.model_aggregation import member_logits, mixture
 from mosaic_jax.stages.stage import State
-from mosaic_jax.types import Array, PyTree, UserError, Variables
+from mosaic_jax.types import Array, Outputs, PyTree, UserError, Variables
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,45 @@ class LoadedRun:
         return np.rint((np.asarray(drawn) + 1) * 127.5).astype(np.uint8)
 
     def save_student(self, path: str | Path) -> None:
-        """Write the student's arrays as `.npz`, named like "params/head/kernel"."""
-        arrays = flatten_dict(jax.device_get(self.student), sep="/")
-        np.savez(path, **arrays)
+        """Write the student's arrays: as `.npz`, named like "params/head/kernel", or else orbax.
+
+        Orbax writes a directory that is not there yet; its `StandardCheckpointer` reads it.
+
+        Raises:
+          UserError: the place cannot be written to.
+        """
+        path, arrays = Path(path).absolute(), jax.device_get(self.student)
+        try:
+            if path.suffix == ".npz":
+                np.savez(path, **flatten_dict(arrays, sep="/"))
+            else:
+                with ocp.StandardCheckpointer() as checkpointer:
+                    checkpointer.save(path, arrays)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot write {path}: {' '.join(str(error).split())}") from None
+
+    def export_student(self, path: str | Path) -> None:
+        """Write the student as a program for `jax.export.deserialize`, with its weights inside.
+
+        It takes uint8 images [n, height, width, channels] of any number, gives logits [n, classes],
+        and runs on CPU, GPU and TPU, without this package.
+
+        Raises:
+          UserError: the place cannot be written to.
+        """
+        variables, model = jax.device_get(self.student), self.federation.model.clone(form="native")
+
+        def classify(images: Array) -> Array:
+            outputs: Outputs = model.apply(variables, to_float(images))
+            return outputs.logits
+
+        (number,) = export.symbolic_shape("n")
+        images = jax.ShapeDtypeStruct((number, *self.federation.dataset.image_shape), np.uint8)
+        program = export.export(jax.jit(classify), platforms=("cpu", "cuda", "tpu"))(images)
+        try:
+            Path(path).write_bytes(program.serialize())
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
 
     def _part(self, name: str) -> PyTree:
         if name not in self.state:

@@ -5,15 +5,18 @@ bar, and ends with the result table and figures. Everything it calls can be impo
 """
 
 import ast
+import dataclasses
 import logging
 import os
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mosaic_jax import experiment, hosts, methods, parallel, plan, report, settings
+from mosaic_jax import experiment, hosts, methods, parallel, plan, report, settings, trackers
 from mosaic_jax.config import Config
 from mosaic_jax.data import cache, sources
 from mosaic_jax.stages import federation as federations
@@ -38,7 +41,12 @@ CONFIG = config_flags.DEFINE_config_file(
     help_string="Settings file, with options: configs/digits.py:severe or configs/digits.py:small.",
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; the same one resumes it.")
-PLAN = flags.DEFINE_bool("plan", False, "Say what would run and how long it takes; run nothing.")
+PLAN = flags.DEFINE_bool(
+    "plan", False, "Say what would run and, by two blocks of each stage, how long; keep nothing."
+)
+TRACK = flags.DEFINE_string(
+    "track", "", "Where figures go beside metrics.jsonl: tensorboard, wandb or both, with a comma."
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
@@ -77,9 +85,7 @@ def main(argv: list[str]) -> int:
         hosts.check_agreement("settings", lambda: f"{config}")
         federation = prepare(config)
         if PLAN.value:
-            stages = methods.stages(config.method, federation)
-            console.print(plan.plan(federation, stages, workdir))
-            console.print(plan.measured(federation, stages))
+            _plan(federation, workdir, console)
         else:
             _run(federation, workdir, argv, console)
         hosts.part()
@@ -103,6 +109,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _plan(federation: Federation, workdir: Path, console: Console) -> None:
+    """Say what would run, and measure how long it takes, in a directory of no run."""
+    with tempfile.TemporaryDirectory() as spill:
+        federation = dataclasses.replace(federation, spill=Path(spill))
+        stages = methods.stages(federation.config.method, federation)
+        console.print(plan.plan(federation, stages, workdir))
+        for line in plan.measured(federation, stages):
+            console.print(line, soft_wrap=True)
+
+
 def _run(federation: Federation, workdir: Path, argv: list[str], console: Console) -> None:
     """Run, with the plan before and a progress bar."""
 
@@ -112,14 +128,31 @@ def _run(federation: Federation, workdir: Path, argv: list[str], console: Consol
             words = ["python", "-m", "mosaic_jax.main", *argv[1:]]
             (workdir / "command.txt").write_text(shlex.join(words) + "\n")
 
-    with _progress(console) as progress:
-        experiment.run(federation, workdir, Watcher(progress), _terminations(), announce)
+    tracked = trackers.Trackers(TRACK.value if hosts.is_first() else "", workdir, federation.config)
+    with closing(tracked), _progress(console) as progress:
+        shown = Watcher(progress)
+
+        def watch(*block: Any) -> None:
+            shown(*block)
+            tracked(*block)
+
+        experiment.run(federation, workdir, watch, _terminations(), announce)
 
 
 def _help() -> Table:
     """Every flag with its help."""
     table = Table("flag", "meaning", title="python -m mosaic_jax.main --config=FILE[:OPTIONS] ...")
-    for flag in (CONFIG, WORKDIR, PLAN, DISTRIBUTED, COORDINATOR, HOSTS, HOST, HOSTS_SECONDS):
+    for flag in (
+        CONFIG,
+        WORKDIR,
+        PLAN,
+        TRACK,
+        DISTRIBUTED,
+        COORDINATOR,
+        HOSTS,
+        HOST,
+        HOSTS_SECONDS,
+    ):
         table.add_row(f"--{flag.name}", flags.FLAGS[flag.name].help)
     table.add_row(
         "--config.NAME=VALUE",

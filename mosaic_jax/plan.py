@@ -1,6 +1,7 @@
 """What a run is going to do, before it does it: clients, layout, memory, traffic and time."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from rich.table import Table
 from mosaic_jax import parallel
 from mosaic_jax.stages import federation as federations
 from mosaic_jax.stages.federation import Federation, num_bytes
-from mosaic_jax.stages.stage import Stage
+from mosaic_jax.stages.stage import Stage, State
 
 SHOWN_CLIENTS, COUNTED_CLASSES, COLUMNS = 20, 12, 50
 """Clients with a row of their own; classes whose images are counted rather than shaded; classes
@@ -123,27 +124,31 @@ def _padding(federation: Federation) -> float:
     return 1 - sum(sizes) / computed
 
 
-def measured(federation: Federation, stages: list[Stage]) -> str:
-    """How long the rounds of local training will take, from one that is run and forgotten."""
-    stage, state = stages[0], {"global": federation.initial_variables()}
-    if not stage.blocks:
-        return "no rounds of local training"
-    seconds = []
-    for _ in range(2):  # the first compiles
-        carry = stage.start(state)
-        begin = time.perf_counter()
-        jax.block_until_ready(stage.block(state, carry, 0))
-        seconds.append(time.perf_counter() - begin)
-    each = seconds[1] / max(stage.client_steps, 1)
-    steps = {
-        s.name: s.blocks * s.client_steps
-        for s in stages
-        if s.name in ("local_update", "model_aggregation", "fine_tuning")
-    }
-    return (
-        f"{sum(steps.values()):,} client-steps of local training, about "
-        f"{_duration(each * sum(steps.values()))} at the measured {1e3 * each:.3g} ms each; "
-        f"{seconds[0] - seconds[1]:.0f} s to compile; other stages are not measured"
+def measured(federation: Federation, stages: list[Stage]) -> Iterator[str]:
+    """How long each stage will take, by two blocks of it that are run and forgotten.
+
+    Each stage starts from what the two blocks of those before it have left, so shapes, and with
+    them times, are the run's.
+    """
+    state: State = {"global": federation.initial_variables()}
+    total = compiling = 0.0
+    for stage in stages:
+        carry, seconds = stage.start(state), []
+        for index in (0, min(1, stage.blocks - 1)) if stage.blocks else ():  # the first compiles
+            begin = time.perf_counter()
+            carry, _ = jax.block_until_ready(stage.block(state, carry, index))
+            seconds.append(time.perf_counter() - begin)
+        state = stage.finish(state, carry)
+        if seconds:
+            compiled, each = max(0.0, seconds[0] - seconds[1]), seconds[1]
+            total, compiling = total + stage.blocks * each, compiling + compiled
+            yield (
+                f"{stage.name}: about {_duration(stage.blocks * each)}, {stage.blocks} blocks of "
+                f"{each:.3g} s, after {_duration(compiled)} of compiling"
+            )
+    yield (
+        f"in all about {_duration(total)}, after {_duration(compiling)} of compiling; evaluations "
+        "and checkpoints come on top"
     )
 
 

@@ -25,7 +25,8 @@ CAPTIONS = {
     "class_histogram": "How many images of each class each client trains on.",
     "curves": "Test accuracy through the stages, and the loss of each.",
     "generator_health": "The adversary's scores of real and generated images, the spread of the "
-    "generated ones, and both losses, a line a client.",
+    "generated ones, the entropy of the classes that the client's model sees in them, and both "
+    "losses, a line a client.",
     "generator_losses": "Generator losses against the client's number of images.",
     "generator_samples": "Real and generated images of each client.",
     "confusions": "What the final model, the teacher and the experts take each class for.",
@@ -102,9 +103,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("mosaic_jax.report", description=__doc__.splitlines()[0])
     parser.add_argument("workdir", nargs="+", type=Path, help="--workdir of a run")
     parser.add_argument("--page", type=Path, help="where the page goes")
+    parser.add_argument("--pdf", action="store_true", help="the figures as PDF files, too")
     arguments, console = parser.parse_args(argv), Console()
     workdirs = arguments.workdir
     try:
+        if arguments.pdf:
+            for workdir in workdirs:
+                for path in figures(workdir, "pdf"):
+                    _show_path(path, console)
         if len(workdirs) == 1 and arguments.page is None:
             show(workdirs[0], console)
             return 0

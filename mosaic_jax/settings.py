@@ -70,7 +70,8 @@ CHOICES = {
     "model_aggregation.expert_mode": ("auto", "parameters", "logits"),
     "generator_optimization.adversary": ("dcgan", "local"),
     "prototypes.features": ("experts", "global"),
-    "knowledge_distillation.images": ("generated", "real"),
+    "knowledge_distillation.images": ("generated", "averaged", "real"),
+    "knowledge_distillation.teacher": ("meta", "uniform"),
     "knowledge_distillation.batch_norm": ("frozen", "train"),
     "fine_tuning.batch_norm": ("frozen", "train"),
 }
@@ -287,7 +288,13 @@ def _check_together(config: Config) -> None:
             )
     if config.method == "mosaic" and needs_generators(config) and not generator.steps:
         raise UserError(
-            "knowledge_distillation.images = 'generated', but generator_optimization.steps is 0"
+            f"knowledge_distillation.images = {distillation.images!r}, but "
+            "generator_optimization.steps is 0"
+        )
+    if distillation.images == "averaged" and config.parallel.memory_gib:
+        raise UserError(
+            "knowledge_distillation.images = 'averaged' needs all generators in memory; set "
+            "parallel.memory_gib = 0"
         )
     if not (distillation.kl_weight or distillation.ce_weight or distillation.js_weight):
         raise UserError(

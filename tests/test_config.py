@@ -267,6 +267,9 @@ def test_distillation_on_generated_images_needs_generators():
     without = {"generator_optimization.steps": 0}
     assert "generator_optimization.steps is 0" in refusal(without)
     from_config_dict(nested(without | {"knowledge_distillation.images": "real"}))
+    averaged = {"knowledge_distillation.images": "averaged"}
+    assert "images = 'averaged', but" in refusal(without | averaged)
+    assert "in memory" in refusal(averaged | {"parallel.memory_gib": 1.0})
     from_config_dict(nested(without | {"knowledge_distillation.steps": 0}))
     from_config_dict(nested(without | {"method": "fedavg"}))
 

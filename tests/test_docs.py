@@ -6,11 +6,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import CACHE_SETTINGS
 
 from mosaic_jax import settings as reader
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGE = ROOT / "mosaic_jax"
 
 
@@ -83,9 +84,10 @@ def test_every_path_and_setting_exists(page):
             assert known or f"def {name[2]}(" in module.read_text(), (page.name, code)
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", PAGES[0].read_text()))
-def test_links_of_the_readme_lead_somewhere(link):
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), link
 
 
 def test_the_guides_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
@@ -107,6 +109,26 @@ def test_the_guides_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     assert float(found["small_weights"]) > 0.6
     assert names["pictures"].shape == (4, 16, 16, 1)
     assert (tmp_path / "runs/student.npz").exists()
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch):
+    """The short form of its run: the table, two figures and the exported student are made."""
+    nbclient, nbformat = (pytest.importorskip(name) for name in ("nbclient", "nbformat"))
+    for name, value in CACHE_SETTINGS.items():
+        monkeypatch.setenv(name.upper(), str(value))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    notebook = nbformat.read(ROOT / "docs/tour.ipynb", 4)
+    for cell in notebook.cells:
+        cell.pop("outputs", None)
+        cell.source = cell.source.replace(":severe", ":severe,small")
+    metadata = {"metadata": {"path": str(tmp_path / "docs")}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=metadata).execute()
+    outputs = [each for cell in notebook.cells for each in cell.get("outputs", [])]
+    text = "".join(each.get("text", "") for each in outputs)
+    assert "student after fine-tuning" in text
+    assert sum("image/png" in each.get("data", {}) for each in outputs) == 2
+    assert (tmp_path / "runs/student.stablehlo").stat().st_size > 1000
 
 
 def test_the_check_of_commands_can_fail():

@@ -4,7 +4,9 @@ import json
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from jax import export
 
 import mosaic_jax
 from mosaic_jax import experiment, load_run
@@ -62,6 +64,35 @@ def test_the_student_is_exported_by_names(whole, tmp_path):
         arrays["params/head/kernel"], run.student["params"]["head"]["kernel"]
     )
     assert len(arrays) == len(jax.tree.leaves(run.student))
+
+
+def test_the_student_is_exported_as_a_checkpoint(whole, tmp_path):
+    run = whole[2]
+    run.save_student(tmp_path / "student")
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(tmp_path / "student", run.student)
+    jax.tree.map(np.testing.assert_array_equal, found, run.student)
+
+
+@pytest.mark.parametrize("images", [1, 7, 60])
+def test_the_student_is_exported_as_a_program(whole, tmp_path, images):
+    run = whole[2]
+    run.export_student(tmp_path / "student.stablehlo")
+    program = export.deserialize(bytearray((tmp_path / "student.stablehlo").read_bytes()))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    given = run.federation.dataset.test_images[:images]
+    np.testing.assert_allclose(program.call(given), run.classify(given), rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_that_cannot_be_written_is_an_answer(whole, tmp_path):
+    run = whole[2]
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "file").touch()
+    for write in (run.save_student, run.export_student):
+        with pytest.raises(UserError, match=r"cannot write .*student"):
+            write(tmp_path / "student")
+    with pytest.raises(UserError, match=r"cannot write .*student\.npz"):
+        run.save_student(tmp_path / "no_such" / "student.npz")
 
 
 def test_a_run_that_was_stopped_has_what_it_had(make_federation, tmp_path):

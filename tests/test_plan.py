@@ -60,10 +60,11 @@ def test_durations_are_rounded(seconds, text):
     assert plan._duration(seconds) == text
 
 
-def test_a_round_is_measured_and_forgotten(make_federation):
-    federation = make_federation()
+def test_every_stage_with_blocks_is_measured(make_federation):
+    federation = make_federation(**{"local_update.rounds": 0, "generator_optimization.steps": 6})
     stages = methods.stages("mosaic", federation)
-    # 2 rounds, the experts' and 1 of fine-tuning, 3 steps of 3 clients each
-    assert plan.measured(federation, stages).startswith("36 client-steps of local training, about")
-    none = make_federation(**{"local_update.rounds": 0})
-    assert plan.measured(none, methods.stages("mosaic", none)) == "no rounds of local training"
+    *lines, total = plan.measured(federation, stages)
+    named = [re.match(r"(\w+): about .*, (\d+) blocks of ", line).groups() for line in lines]
+    assert named == [(s.name, str(s.blocks)) for s in stages if s.name != "local_update"]
+    assert dict(named)["generator_optimization"] == "3"
+    assert total.startswith("in all about ")

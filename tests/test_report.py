@@ -42,6 +42,7 @@ def generator_line(block: int, clients: int) -> dict[str, Any]:
         "real_score": 0.8 - 0.2 * rise,
         "fake_score": 0.2 + 0.2 * rise,
         "spread": 0.3 * rise,
+        "class_entropy": 0.5 * rise,
         "generator_loss": 2 - rise,
         "adversary_loss": 1 + rise,
     }
@@ -215,6 +216,25 @@ def test_figures_show_something_and_are_deterministic(tmp_path: Path, channels: 
         assert np.ptp(pixels, axis=-1).max() > 100
     before = [path.read_bytes() for path in paths]
     assert [path.read_bytes() for path in figures.figures(run)] == before
+
+
+def test_figures_are_drawn_as_pdf_for_papers(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", mosaic_lines())
+    assert report.main([str(run), "--pdf"]) == 0
+    paths = [run / "figures" / name.replace("png", "pdf") for name in FIGURES]
+    assert sorted((run / "figures").glob("*.pdf")) == sorted(paths)
+    for path in paths:
+        assert path.read_bytes().startswith(b"%PDF")
+        assert path.stat().st_size > 5000
+
+
+def test_runs_without_the_entropy_of_classes_are_drawn_too(tmp_path: Path) -> None:
+    lines = [
+        {name: value for name, value in line.items() if name != "class_entropy"}
+        for line in mosaic_lines()
+    ]
+    run = write_run(tmp_path / "run", lines)
+    assert [path.name for path in figures.figures(run)] == FIGURES
 
 
 def test_a_hundred_clients_and_classes_fit(tmp_path: Path) -> None:

@@ -950,6 +950,9 @@ def test_the_loss_of_classes_is_that_of_the_frozen_classifier(bench):
     assert rise(flat, diversity_weight=2.0) == pytest.approx(-2 * np.log(10), rel=1e-4)
     assert rise(sure, entropy_weight=2.0) == pytest.approx(0, abs=1e-5)
     assert rise(flat, entropy_weight=2.0) == pytest.approx(2 * np.log(10), rel=1e-4)
+    for frozen, entropy in ((sure, 0), (flat, np.log(10))):
+        _, health = bench.run(1, client=client | {"frozen": frozen})
+        assert health["class_entropy"] == pytest.approx(entropy, abs=1e-4)
 
 
 def test_every_kth_step_carries_k_times_the_frozen_losses(bench, make_federation):
@@ -1077,6 +1080,30 @@ def test_distillation_sees_each_generators_own_images_and_no_mixture(federation,
     assert len(one_by_one) == 3
 
 
+def test_averaged_generators_are_one_and_their_clients_weigh_in(make_federation, states):
+    """The ablation: 5, 33 and 31 images."""
+    setting = {"knowledge_distillation.images": "averaged"}
+    student = knowledge_distillation.Student(unequal(make_federation, **SETTINGS, **setting))
+    state, sizes = states["generator_optimization"], np.array([5, 33, 31])
+    found = student.source(state, KEY, 0)["generators"]
+
+    def compare(of, leaf):
+        expected = np.average(leaf, axis=0, weights=sizes)
+        np.testing.assert_allclose(of, np.broadcast_to(expected, of.shape), rtol=1e-4, atol=1e-6)
+
+    jax.tree.map(compare, found, state["generators"])
+
+
+def test_a_uniform_teacher_is_the_mean_of_the_experts(make_federation, states):
+    setting = {"knowledge_distillation.teacher": "uniform"}
+    federation = unequal(make_federation, **SETTINGS, **setting)
+    images = jax.random.uniform(KEY, (4, 16, 16, 1), minval=-1.0)
+    variables = {name: states["meta_model"][name] for name in ("experts", "meta")}
+    logits = jax.jit(knowledge_distillation.Student(federation).teacher)(variables, images)
+    each = jax.vmap(lambda expert: federation.outputs(expert, images).logits)(variables["experts"])
+    np.testing.assert_allclose(logits, each.mean(axis=0), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("sizes", "batch", "expected"),
     [
@@ -1116,6 +1143,10 @@ def test_the_student_is_taught_with_the_prior_of_each_images_own_client(make_fed
     real = {"knowledge_distillation.class_prior": True, "knowledge_distillation.images": "real"}
     oracle = knowledge_distillation.Student(unequal(make_federation, **SETTINGS, **real))
     assert not oracle.images({"source": {"data": oracle.federation.data}, "key": KEY}, 0)[1].any()
+    mean = {"knowledge_distillation.class_prior": True, "knowledge_distillation.images": "averaged"}
+    assert not knowledge_distillation.class_prior(
+        unequal(make_federation, **SETTINGS, **mean)
+    ).any()
     students = []
     for federation in (plain, prior):
         stage, state = knowledge_distillation.distil(federation), states["meta_model"]

@@ -120,14 +120,14 @@ class ClientGenerator:
         adversary_carry, health = self._adversary_step(shared, client, carry, fake, number, key)
         adversary, augmentation = adversary_carry["adversary"], rng.fold(key, 5)
         loss, towards = jax.value_and_grad(self._adversarial_loss)(fake, adversary, augmentation)
-        of_frozen, towards_frozen = self._lazy_frozen_loss(shared, client, fake, number)
+        of_frozen, towards_frozen, seen = self._lazy_frozen_loss(shared, client, fake, number)
         rate = shared["learning_rate"] * self.decay(number)
         updates, optimizer = self.optimizer(rate).update(
             pull_back(towards + towards_frozen)[0], carry["generator_optimizer"]
         )
         params = optax.apply_updates(carry["generator"]["params"], updates)
         _, average = self.average.update(params, carry["average"])
-        health |= {"generator_loss": loss + of_frozen, "spread": fake.std(axis=0).mean()}
+        health |= {"generator_loss": loss + of_frozen, "spread": fake.std(axis=0).mean()} | seen
         return adversary_carry | {
             "generator": {"params": params, "batch_stats": updated["batch_stats"]},
             "generator_optimizer": optimizer,
@@ -169,34 +169,45 @@ class ClientGenerator:
 
     def _lazy_frozen_loss(
         self, shared: PyTree, client: PyTree, fake: Array, number: Array
-    ) -> tuple[Array, Array]:
-        """`_frozen_loss` and its gradient in every `frozen_every`-th step, so many times as large.
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """`_frozen_loss`, its gradient and figures every `frozen_every` steps, so much larger.
 
         A step through f0 costs nearly as much as the rest of a step. (Karras et al. 2020, lazy
         regularisation.)
         """
         every, weights = self.settings.frozen_every, shared["loss_weights"]
 
-        def active() -> tuple[Array, Array]:
-            loss, towards = jax.value_and_grad(self._frozen_loss)(fake, client, weights)
-            return every * loss, every * towards
+        def active() -> tuple[Array, Array, dict[str, Array]]:
+            (loss, seen), towards = jax.value_and_grad(self._frozen_loss, has_aux=True)(
+                fake, client, weights
+            )
+            return every * loss, every * towards, jax.tree.map(lambda of: every * of, seen)
 
-        return jax.lax.cond(
-            number % every == 0, active, lambda: (jnp.zeros(()), jnp.zeros_like(fake))
-        )
+        def passive() -> tuple[Array, Array, dict[str, Array]]:
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(active))
 
-    def _frozen_loss(self, fake: Array, client: PyTree, weights: PyTree) -> Array:
-        """The part of L_G that looks at f0; nothing is computed for losses that are off."""
+        return jax.lax.cond(number % every == 0, active, passive)
+
+    def _frozen_loss(
+        self, fake: Array, client: PyTree, weights: PyTree
+    ) -> tuple[Array, dict[str, Array]]:
+        """The part of L_G that looks at f0, and the entropy (nats) of the classes it sees.
+
+        Nothing is computed for losses that are off.
+        """
         settings, frozen, loss = self.settings, client["frozen"], jnp.zeros(())
+        seen = {}
         if settings.entropy_weight or settings.diversity_weight:
             logits = self.federation.outputs(frozen, fake).logits
+            diversity = diversity_loss(logits)
             loss += weights["entropy_weight"] * entropy_loss(logits)
-            loss += weights["diversity_weight"] * diversity_loss(logits)
+            loss += weights["diversity_weight"] * diversity
+            seen = {"class_entropy": -diversity}
         if settings.inversion_threshold and settings.inversion_weight:
             is_small = client["size"] < settings.inversion_threshold
             weight = jnp.where(is_small, weights["inversion_weight"], 0.0)
             loss += weight * inversion_loss(self.federation.model, frozen, fake)
-        return loss
+        return loss, seen
 
     def augment(self, images: Array, key: Array) -> Array:
         """The same random shift and brightness on real and generated batches (DiffAugment)."""

@@ -6,6 +6,7 @@ kl_weight KL(t || s) + ce_weight CE(argmax t, s) + js_weight JS(t, s).
 """
 
 import logging
+from functools import partial
 from typing import cast
 
 import jax
@@ -23,7 +24,7 @@ from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.generator_ensemble import Ensemble, log_class_prior
 from mosaic_jax.stages.generator_losses import diversity_loss
 from mosaic_jax.stages.generator_optimization import check_room
-from mosaic_jax.stages.meta_model import teacher_logits
+from mosaic_jax.stages.meta_model import teacher_logits, uniform_logits
 from mosaic_jax.stages.stage import Metrics, Stage, State
 from mosaic_jax.types import Array, PyTree, Variables
 
@@ -60,12 +61,14 @@ class Student:
 
     def __init__(self, federation: Federation):
         self.federation, self.settings = federation, federation.config.knowledge_distillation
-        self.teacher = teacher_logits(federation)
+        kinds = {"meta": teacher_logits, "uniform": uniform_logits}
+        self.teacher = kinds[self.settings.teacher](federation)
         self.log_prior = class_prior(federation)
-        if self.settings.images == "generated":
+        if self.settings.images != "real":
             self.ensemble = Ensemble(federation, self.settings.images_per_generator)
             self.chosen = federation.jit(jax.vmap(self.ensemble.chosen))
             check_room(federation, self.ensemble.blocks * self.settings.block_steps)
+        self.average = federation.jit(partial(averaged, weights=federation.counts.sum(axis=1)))
         self.optimizer = optax.scale_by_adam()
         self.schedule = optax.cosine_decay_schedule(1.0, self.settings.steps)
         self.over_devices = NamedSharding(federation.mesh, P(AXIS))
@@ -114,6 +117,8 @@ class Student:
         if self.settings.images == "real":
             return {"data": self.federation.data}
         generators = state["generators"]
+        if self.settings.images == "averaged":
+            return {"generators": self.average(generators)}
         if not stacks.on_disk(generators):
             return {"generators": generators}
         numbers = np.arange(first, first + self.settings.block_steps)
@@ -204,6 +209,19 @@ def inspect(metrics: Metrics) -> None:
         )
 
 
+def averaged(generators: PyTree, weights: np.ndarray) -> PyTree:
+    """Every client's generator [clients, ...] replaced by their weighted mean.
+
+    What the paper's Figure 2 sets beside the ensemble, and its ablation.
+    """
+    shares = jnp.asarray(weights / weights.sum(), jnp.float32)
+
+    def of(leaf: Array) -> Array:
+        return jnp.broadcast_to(jnp.tensordot(shares, leaf, axes=1), leaf.shape)
+
+    return jax.tree.map(of, generators)
+
+
 def class_prior(federation: Federation) -> np.ndarray:
     """What is added to the teacher's logits on each client's images, [clients, classes]; maybe 0.
 
@@ -211,6 +229,6 @@ def class_prior(federation: Federation) -> np.ndarray:
     of one client's generator is that answer times the client's class shares. (Not in the paper.)
     """
     settings, counts = federation.config.knowledge_distillation, federation.counts
-    if not settings.class_prior:
+    if not settings.class_prior or settings.images == "averaged":
         return np.zeros(counts.shape, np.float32)
     return log_class_prior(counts)
