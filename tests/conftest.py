@@ -19,9 +19,6 @@ CACHE_SETTINGS = {
     "jax_compilation_cache_dir": CACHE,
     "jax_persistent_cache_min_compile_time_secs": 0,
 }
-FAST_COMPILE = "--xla_backend_optimization_level=0"
-"""Programs of a few steps are compiled for longer than they run: of this by a third less."""
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()
 for setting, value in CACHE_SETTINGS.items():
     jax.config.update(setting, value)
 

@@ -37,9 +37,9 @@ def test_stages_before_the_first_change_are_shared(changes, last):
 
 
 def test_a_branch_ends_like_a_run_of_its_own(tmp_path, capsys):
-    change = {"knowledge_distillation.learning_rate": 1e-2}
-    base = branches.config(tiny_config, "", 0)
-    branched = branches.config(tiny_config, "", 0, change)
+    change, short = {"fine_tuning.learning_rate": 1e-2}, {"knowledge_distillation.steps": 0}
+    base = branches.config(tiny_config, "", 0, short)
+    branched = branches.config(tiny_config, "", 0, short, change)
     branches.run(base, tmp_path / "base")
     branches.adopt(tmp_path / "base", tmp_path / "branch", branches.shared_stages(change))
     rows = branches.run(branched, tmp_path / "branch")

@@ -58,13 +58,3 @@ def test_traffic_and_stacks_are_the_stages(make_federation, tmp_path):
 )
 def test_durations_are_rounded(seconds, text):
     assert plan._duration(seconds) == text
-
-
-def test_every_stage_with_blocks_is_measured(make_federation):
-    federation = make_federation(**{"local_update.rounds": 0, "generator_optimization.steps": 6})
-    stages = methods.stages("mosaic", federation)
-    *lines, total = plan.measured(federation, stages)
-    named = [re.match(r"(\w+): about .*, (\d+) blocks of ", line).groups() for line in lines]
-    assert named == [(s.name, str(s.blocks)) for s in stages if s.name != "local_update"]
-    assert dict(named)["generator_optimization"] == "3"
-    assert total.startswith("in all about ")

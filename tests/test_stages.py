@@ -1099,9 +1099,16 @@ def test_a_uniform_teacher_is_the_mean_of_the_experts(make_federation, states):
     federation = unequal(make_federation, **SETTINGS, **setting)
     images = jax.random.uniform(KEY, (4, 16, 16, 1), minval=-1.0)
     variables = {name: states["meta_model"][name] for name in ("experts", "meta")}
-    logits = jax.jit(knowledge_distillation.Student(federation).teacher)(variables, images)
-    each = jax.vmap(lambda expert: federation.outputs(expert, images).logits)(variables["experts"])
-    np.testing.assert_allclose(logits, each.mean(axis=0), rtol=1e-4, atol=1e-5)
+    logits, mixed, uniform = (
+        jax.jit(teacher)(variables, images)
+        for teacher in (
+            knowledge_distillation.Student(federation).teacher,
+            meta_model.teacher_logits(federation),
+            meta_model.uniform_logits(federation),
+        )
+    )
+    np.testing.assert_allclose(logits, uniform, rtol=1e-5, atol=1e-6)
+    assert differ(logits, mixed)
 
 
 @pytest.mark.parametrize(
