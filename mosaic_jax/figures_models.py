@@ -90,6 +90,7 @@ def generator_losses(figure: "Figure", run: Run) -> None:
     """
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
+    from scipy.stats import spearmanr
 
     assert run.clients is not None
     sizes = np.array(run.clients["class_counts"]).sum(axis=1)
@@ -105,7 +106,9 @@ def generator_losses(figure: "Figure", run: Run) -> None:
         left.plot(steps, values, color=colour, lw=1, marker="." if len(steps) < 20 else "")
     left.set(xlabel="steps", ylabel="generator loss", title="loss of each client's generator")
     right.scatter(own, losses[-1], c=own, norm=norm, cmap="viridis")
-    right.set(xscale="log", xlabel="images of the client", title="last loss by the client's size")
+    rank = spearmanr(own, losses[-1]).statistic if len(set(own)) > 1 < len(set(losses[-1])) else 0
+    title = f"last loss by the client's size; rank correlation {rank:.2f}"
+    right.set(xscale="log", xlabel="images of the client", title=title)
     figure.colorbar(right.collections[0], ax=[left, right], label="images of the client")
 
 

@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import jax
 import numpy as np
@@ -129,8 +130,7 @@ class LoadedRun:
         variables, model = jax.device_get(self.student), self.federation.model.clone(form="native")
 
         def classify(images: Array) -> Array:
-            outputs: Outputs = model.apply(variables, to_float(images))
-            return outputs.logits
+            return cast(Outputs, model.apply(variables, to_float(images))).logits
 
         (number,) = export.symbolic_shape("n")
         images = jax.ShapeDtypeStruct((number, *self.federation.dataset.image_shape), np.uint8)
