@@ -118,6 +118,27 @@ def taught(devices, together):
     return program(variables, images), sum(each.in_loop for each in found)
 
 
+def spread_at_a_restore(devices):
+    """Of what generators carry: leaves a restored run spreads, the stacks, and what is no stack."""
+    from conftest import tiny_federation
+
+    from mosaic_jax import experiment
+    from mosaic_jax.stages import generator_optimization
+
+    layout = {"partition.clients": 4, "parallel.devices": devices, "data.image_size": 16}
+    federation = tiny_federation(**ROUND | layout)
+    clients = jax.vmap(lambda _: federation.initial_variables())(jnp.arange(4))
+    stage = generator_optimization.train(federation)
+    carry = experiment._layout(stage, {"clients": federation.spread(clients)}, federation)
+    spread, stacks, others = 0, 0, 0
+    for name, part in carry.items():
+        for leaf in jax.tree.leaves(part):
+            is_spread = leaf.sharding.spec == P(parallel.AXIS)
+            is_stack = name in stage.stacks
+            spread, stacks, others = spread + is_spread, stacks + is_stack, others + (not is_stack)
+    return spread, stacks, others
+
+
 def results():
     """Every layout under the name of its test."""
     assert len(jax.devices()) == 8
@@ -133,6 +154,7 @@ def results():
         "round on 8": one_round(8),
         "split batch on 4": split_batch(4),
         "taught on 4": taught(4, 2),
+        "restored on 4": spread_at_a_restore(4),
     }
 
 

@@ -114,6 +114,12 @@ def test_a_teacher_fuses_each_devices_images_there(eight):
     assert_close(logits, taught(1, 2)[0], rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_restored_lies_spread_over_the_devices(eight):
+    spread, stacks, others = eight("restored on 4")
+    assert spread == stacks > 20
+    assert others == 0
+
+
 def test_a_split_batch_stays_where_it_is_in_a_wide_convolution(eight):
     *gradients, gathers = eight("split batch on 4")
     assert gathers == 0
