@@ -35,8 +35,10 @@ def final_answers(run: Run) -> dict[str, np.ndarray] | None:
 def confusions(figure: "Figure", run: Run) -> None:
     """A matrix for the final model, the teacher and the first experts."""
     models, labels, classes = _models(run)
-    figure.set_size_inches(11, 2.6 * -(-len(models) // 4) + 0.6)
-    panels = figure.subplots(-(-len(models) // 4), 4, squeeze=False).flat
+    columns = min(4, len(models))
+    rows = -(-len(models) // columns)
+    figure.set_size_inches(2.4 * columns + 1.4, 2.6 * rows + 0.6)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (name, answers) in zip(panels, models.items(), strict=False):
         image = axis.imshow(confusion(answers, labels, classes), vmin=0, vmax=1, cmap="Blues")
         axis.set_title(f"{name}, {100 * np.mean(answers == labels):.1f}%", size=9)

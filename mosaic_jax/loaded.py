@@ -157,6 +157,8 @@ class LoadedRun:
                 f"images are uint8 [n, {', '.join(map(str, shape))}], not {images.dtype} "
                 f"{list(images.shape)}"
             )
+        if not len(images):
+            raise UserError("there are no images")
         return images
 
     @cached_property

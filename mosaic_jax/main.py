@@ -231,7 +231,8 @@ def _settings(argv: list[str]) -> Config:
     except UserError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(" ".join(str(error).strip("'\"").split())) from None
+        text = error.args[0] if isinstance(error, KeyError) else error
+        raise UserError(" ".join(str(text).split())) from None
     if len(rest) > 1:
         raise UserError(
             f"unexpected argument {rest[1]!r}; settings are given as --config.name=value"

@@ -29,7 +29,7 @@ CAPTIONS = {
     "losses, a line a client.",
     "generator_losses": "Generator losses against the client's number of images.",
     "generator_samples": "Real and generated images of each client.",
-    "confusions": "What the final model, the teacher and the experts take each class for.",
+    "confusions": "What the models take each class for.",
     "experts": "What each class's expert knows, and which expert the teacher follows.",
 }
 
@@ -72,7 +72,7 @@ def write_page(workdirs: list[Path], path: Path) -> None:
       UserError: see `load` and `figures`; or the page cannot be written.
     """
     first = load(workdirs[0])
-    title = f"{first.title()}" + (f": {len(workdirs)} runs" if len(workdirs) > 1 else "")
+    title = first.title() if len(workdirs) == 1 else f"{len(workdirs)} runs"
     parts = [page.table(mean_table(workdirs))] if len(workdirs) > 1 else []
     for workdir in workdirs:
         parts += _run_parts(workdir)

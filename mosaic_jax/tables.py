@@ -96,7 +96,7 @@ def result_table(workdir: Path) -> Table:
 
 
 def mean_table(workdirs: list[Path]) -> Table:
-    """Mean and sample standard deviation of each row over several runs, in percent.
+    """Mean and sample standard deviation of each row over the seeds of each config, in percent.
 
     Raises:
       UserError: see `load`; or a directory is named twice.
@@ -104,15 +104,38 @@ def mean_table(workdirs: list[Path]) -> Table:
     if len({path.resolve() for path in workdirs}) < len(workdirs):
         raise UserError("a work directory is named twice; name each run once")
     runs = [load(path) for path in workdirs]
-    rows = [row for run in runs for row in _rows(run)]
+    different = [name for name in _different(runs) if name != "seed"]
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_group(run, different), []).append(run)
     ended = f"{len(runs)} runs, {sum(run.finished for run in runs)} ended"
-    caption = f"{MEASURES} {ended}; settings that differ: {_different(runs)}."
-    title = f"{runs[0].title()}: mean ± sample standard deviation"
-    table = _table(title, caption, "model", "test", "local test", "validation", "runs")
-    for label in dict.fromkeys(row[0] for row in rows):
-        columns = list(zip(*(row[1:] for row in rows if row[0] == label), strict=True))
-        table.add_row(label, *map(_spread_text, columns), str(len(columns[0])))
+    caption = f"{MEASURES} {ended}; settings that differ: {', '.join(_different(runs)) or 'none'}."
+    title = runs[0].title() if len(groups) == 1 else f"{len(groups)} configs"
+    columns = ["model", "test", "local test", "validation", "runs"]
+    table = _table(f"{title}: mean ± sample standard deviation", caption, *columns)
+    for name, members in groups.items():
+        if len(groups) > 1:
+            table.add_section()
+            table.add_row(escape(name), style="bold")
+        rows = [row for run in members for row in _rows(run)]
+        for label in dict.fromkeys(row[0] for row in rows):
+            found = list(zip(*(row[1:] for row in rows if row[0] == label), strict=True))
+            table.add_row(label, *map(_spread_text, found), str(len(found[0])))
     return table
+
+
+def _group(run: Run, names: list[str]) -> str:
+    """The values of the settings in which the configs differ; what runs of one config share."""
+    flat = {name: _setting(run, name) for name in names}
+    method = f"{run.config.get('method')}"
+    others = [f"{name} {value}" for name, value in flat.items() if name != "method"]
+    return ", ".join([method, *others])
+
+
+def _setting(run: Run, name: str) -> Any:
+    group, _, inner = name.partition(".")
+    value = run.config.get(group)
+    return value.get(inner) if inner and isinstance(value, dict) else value
 
 
 def _table(title: str, caption: str, *columns: str) -> Table:
@@ -135,15 +158,14 @@ def _spread_text(accuracies: Any) -> str:
     return f"{mean:.1f} ± {spread:.1f}" if len(accuracies) > 1 else f"{mean:.1f}"
 
 
-def _different(runs: list[Run]) -> str:
+def _different(runs: list[Run]) -> list[str]:
     """Names of the settings in which runs differ; layout and record keeping do not count."""
     found: dict[str, set[str]] = {}
     for group, part in ((group, run.config[group]) for run in runs for group in run.config):
         for name, value in part.items() if isinstance(part, dict) else [("", part)]:
             found.setdefault(f"{group}.{name}".strip("."), set()).add(repr(value))
     ignored = ("parallel.", "run.")
-    names = [n for n, values in found.items() if len(values) > 1 and not n.startswith(ignored)]
-    return ", ".join(names) or "none"
+    return [n for n, values in found.items() if len(values) > 1 and not n.startswith(ignored)]
 
 
 def cost_table(workdir: Path) -> Table:

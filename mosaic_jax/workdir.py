@@ -54,7 +54,10 @@ def claim(workdir: Path, config: Config) -> None:
         return
     if workdir.exists() and any(workdir.iterdir()) and not (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the directory {workdir}: {error.strerror}") from None
     text = json.dumps(settings, indent=1) + "\n"
     _write(path, lambda file: file.write(text.encode()))
 

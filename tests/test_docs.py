@@ -115,16 +115,16 @@ def test_the_guides_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     from mosaic_jax.models import CLASSIFIERS
 
     for registry in (sources.SOURCES, METHODS, CLASSIFIERS):
-        for name in ("stripes", "small_weights", "perceptron"):
+        for name in ("stripes", "small_logits", "perceptron"):
             monkeypatch.setitem(registry, name, None)
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guide.md").read_text(), re.S)
     names: dict = {"__name__": "guide"}
     exec(compile(code, "docs/guide.md", "exec"), names)
     found = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    assert set(found) == {"student", "teacher", "small_weights"}
+    assert set(found) == {"student", "teacher", "small_logits"}
     assert float(found["teacher"]) > 0.6
-    assert float(found["small_weights"]) > 0.6
+    assert float(found["small_logits"]) > 0.6
     assert names["pictures"].shape == (4, 16, 16, 1)
     assert (tmp_path / "runs/student.npz").exists()
 

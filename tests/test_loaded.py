@@ -118,6 +118,8 @@ def test_what_cannot_be_loaded_or_asked_is_an_answer(whole, tmp_path):
         UserError, match=r"images are uint8 \[n, 16, 16, 1\], not float32 \[2, 16, 16, 1\]"
     ):
         run.classify(np.zeros((2, 16, 16, 1), np.float32))
+    with pytest.raises(UserError, match="there are no images"):
+        run.classify(np.zeros((0, 16, 16, 1), np.uint8))
     with pytest.raises(UserError, match="there are clients 0 to 2"):
         run.draw(3, 1)
     with pytest.raises(AttributeError, match="no attribute 'lod_run'"):

@@ -301,6 +301,27 @@ def test_runs_of_different_settings_are_said_to_be_so(tmp_path: Path) -> None:
     assert "differ: partition.clients." in str(tables.mean_table([one, two]).caption)
 
 
+def test_methods_stand_side_by_side_and_are_not_averaged(tmp_path: Path) -> None:
+    runs = [
+        write_run(
+            tmp_path / f"{method}{seed}", fedavg_lines([last], [last]), seed=seed, method=method
+        )
+        for method, lasts in {"fedavg": [0.4, 0.6], "fedprox": [0.8, 0.8]}.items()
+        for seed, last in enumerate(lasts)
+    ]
+    table = tables.mean_table(runs)
+    assert table.title is not None
+    assert "2 configs" in str(table.title)
+    found = cells(table)
+    half = len(found) // 2
+    for (name, last, *_, number), method, expected in (
+        ((found[0][0], *found[1][1:]), "fedavg", "50.0 ± 14.1"),
+        ((found[half][0], *found[half + 1][1:]), "fedprox", "80.0 ± 0.0"),
+    ):
+        assert (name, last, number) == (method, expected, "2")
+    assert "settings that differ: seed, method." in str(table.caption)
+
+
 class Reader(HTMLParser):
     """What a page holds: tags that are still open, pictures, links and cells."""
 

@@ -20,7 +20,7 @@ import pytest
 from experiments import small_sets
 from mosaic_jax.data import __main__ as command
 from mosaic_jax.data import cache, idx, load, published, sources
-from mosaic_jax.types import UserError
+from mosaic_jax.types import Dataset, UserError
 
 TRAIN, TEST = 30, 12
 FORMATS = [(name, form) for name, forms in small_sets.WRITERS.items() for form in forms]
@@ -656,3 +656,30 @@ def test_prepared_images_of_another_size_are_refused(tmp_path, monkeypatch):
     prepared_set("mnist", tmp_path)
     with pytest.raises(UserError, match=r"mnist/3\.0\.1 holds images of \(30, 30, 1\), not \(28,"):
         load("mnist", directory=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_images": np.zeros((6, 16, 16, 1), np.float32)}, "train images float32 [6, 16, 16"),
+        ({"test_images": np.zeros((6, 16, 16), np.uint8)}, "test images uint8 [6, 16, 16], not"),
+        ({"train_labels": np.arange(6, dtype=np.int64) % 3}, "train labels int64 [6], not int32"),
+        ({"train_labels": np.arange(1, 7, dtype=np.int32)}, "train labels 1 to 6, not 0 to 2"),
+        ({"test_labels": np.zeros(5, np.int32)}, "test labels int32 [5], not int32 [6]"),
+        ({"mean": (0.5, 0.5, 0.5)}, "images of 1 channels, but mean or std of another number"),
+    ],
+)
+def test_what_a_users_source_reads_is_checked(monkeypatch, changes, message):
+    images, labels = np.zeros((6, 16, 16, 1), np.uint8), np.arange(6, dtype=np.int32) % 3
+    good = Dataset("mine", images, labels, images, labels, 3, (0.5,), (0.3,))
+    for dataset, text in (
+        (dataclasses.replace(good, **changes), message),
+        ((images, labels), "read as a tuple, not a Dataset"),
+    ):
+        source = sources.Source(lambda _, found=dataset: found, 16, (16,))
+        monkeypatch.setitem(sources.SOURCES, "mine", source)
+        with pytest.raises(UserError) as error:
+            sources.load("mine")
+        assert text in str(error.value)
+    monkeypatch.setitem(sources.SOURCES, "mine", sources.Source(lambda _: good, 16, (16,)))
+    assert sources.load("mine").num_classes == 3

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,32 @@ def load(
             raise UserError(f"{split} must be at least 1, not {count}")
     folder = None if directory is None else Path(directory)
     dataset = source.read(Request(name, folder, size, train_images, test_images, seed))
+    _check(name, dataset)
     return _limited(dataset, train_images, test_images, seed)
+
+
+def _check(name: str, dataset: Any) -> None:
+    """Check that what a source has read is a data set, whoever wrote the source.
+
+    Raises:
+      UserError: it is none; says what is wrong with it.
+    """
+    if not isinstance(dataset, Dataset):
+        raise UserError(f"data set {name!r} is read as a {type(dataset).__name__}, not a Dataset")
+    classes, shape = dataset.num_classes, dataset.train_images.shape[1:]
+    for split in ("train", "test"):
+        images, labels = (getattr(dataset, f"{split}_{part}") for part in ("images", "labels"))
+        problem = ""
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape:
+            problem = f"images {images.dtype} {list(images.shape)}, not uint8 [n, h, w, c] alike"
+        elif labels.dtype != np.int32 or labels.shape != images.shape[:1]:
+            problem = f"labels {labels.dtype} {list(labels.shape)}, not int32 [{len(images)}]"
+        elif len(labels) and not (labels.min() >= 0 and labels.max() < classes):
+            problem = f"labels {labels.min()} to {labels.max()}, not 0 to {classes - 1}"
+        elif not len(dataset.mean) == len(dataset.std) == shape[-1]:
+            problem = f"images of {shape[-1]} channels, but mean or std of another number"
+        if problem:
+            raise UserError(f"data set {name!r} has {split} {problem}")
 
 
 def _limited(dataset: Dataset, train: int | None, test: int | None, seed: int) -> Dataset:

@@ -17,7 +17,7 @@ from mosaic_jax import parallel, rng
 from mosaic_jax.config import Config
 from mosaic_jax.data import clients as client_data
 from mosaic_jax.data.partition import class_counts, local_test_shards, partition, split_validation
-from mosaic_jax.models import build_classifier, submodel
+from mosaic_jax.models import build_classifier, check_classifier, submodel
 from mosaic_jax.types import Array, Dataset, Outputs, PyTree, UserError, Variables
 
 
@@ -217,6 +217,7 @@ def build(config: Config, dataset: Dataset, mesh: Mesh) -> Federation:
         form=config.model.conv,
         dtype=dtype,
     )
+    check_classifier(config.model.name, model, dataset.image_shape, classes)
     flat = dataset.train_images.reshape(len(dataset.train_images), -1)
     data = {"images": flat, "labels": dataset.train_labels}
     return Federation(
