@@ -683,3 +683,9 @@ def test_what_a_users_source_reads_is_checked(monkeypatch, changes, message):
         assert text in str(error.value)
     monkeypatch.setitem(sources.SOURCES, "mine", sources.Source(lambda _: good, 16, (16,)))
     assert sources.load("mine").num_classes == 3
+
+
+def test_a_check_of_ones_own_images_looks_for_them(tmp_path, capsys):
+    assert command.main(["", "check", "own", "--directory", str(tmp_path / "missing.npz")]) == 2
+    assert "missing.npz does not exist" in capsys.readouterr().err
+    assert command.main(["", "check", "own", "--directory", str(tmp_path)]) == 0

@@ -54,6 +54,8 @@ def main(argv: list[str]) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     """One line a set; 2 if the set that was asked for is not there."""
     if arguments.name is not None and arguments.name not in published.SETS:
+        if arguments.directory is not None and not arguments.directory.exists():
+            raise UserError(f"{arguments.directory} does not exist")
         print(f"{arguments.name}: needs no files but what data.directory names")
         return 0
     absent = 0
