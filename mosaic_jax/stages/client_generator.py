@@ -170,7 +170,7 @@ class ClientGenerator:
     def _lazy_frozen_loss(
         self, shared: PyTree, client: PyTree, fake: Array, number: Array
     ) -> tuple[Array, Array, dict[str, Array]]:
-        """`_frozen_loss`, its gradient and figures every `frozen_every` steps, so much larger.
+        """`_frozen_loss`, its gradient and figures in every `frozen_every`-th step, times that.
 
         A step through f0 costs nearly as much as the rest of a step. (Karras et al. 2020, lazy
         regularisation.)
