@@ -90,7 +90,8 @@ def test_every_path_and_setting_exists(page):
         if name and name[1] in sections and name[2] not in {"py", "md"}:
             known = f"{name[1]}.{name[2]}" in settings
             module = PACKAGE / f"{name[1]}.py"  # `parallel` is a section and a module
-            assert known or f"def {name[2]}(" in module.read_text(), (page.name, code)
+            source = module.read_text() if module.exists() else ""
+            assert known or f"def {name[2]}(" in source, (page.name, code)
 
 
 def test_every_name_of_the_method_is_in_the_file_it_is_said_to_be_in():
