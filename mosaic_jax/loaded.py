@@ -9,7 +9,6 @@ run.save_student("student.npz")
 run.export_student("student.stablehlo")
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +20,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 from jax import export
 
-from mosaic_jax import experiment, main, rng
-from mosaic_jax import settings as reader
+from mosaic_jax import experiment, main, record, rng, settings
 from mosaic_jax.config import Config
 from mosaic_jax.data.clients import to_float
 from mosaic_jax.stages.evaluation import Predictor, predictor
@@ -187,10 +185,6 @@ def load_run(workdir: str | Path) -> LoadedRun:
       UserError: the directory holds no run, or its data set is missing.
     """
     workdir = Path(workdir)
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(f"{workdir} holds no run (no config.json)")
-    config = reader.from_config_dict(json.loads(path.read_text()))
-    federation = main.prepare(config)
+    federation = main.prepare(settings.from_config_dict(record.settings(workdir)))
     state, ended = experiment.restore(federation, workdir)
     return LoadedRun(federation, state, ended)

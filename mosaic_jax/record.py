@@ -66,11 +66,8 @@ def load(workdir: Path) -> Run:
     Raises:
       UserError: no such directory, no run in it, or a file that is damaged.
     """
-    if not (workdir / "config.json").is_file():
-        what = "holds no run (no config.json)" if workdir.is_dir() else "is not a directory"
-        raise UserError(f"{workdir} {what}; give the --workdir of a run")
     return Run(
-        config=_read(workdir / "config.json", _read_json),
+        config=settings(workdir),
         lines=_read(workdir / "metrics.jsonl", lambda path: MetricsFile(path).read()) or [],
         clients=_read(workdir / "clients.json", _read_json),
         samples=_read(workdir / "samples.npz", _read_arrays),
@@ -81,6 +78,18 @@ def load(workdir: Path) -> Run:
         finished=(workdir / "summary.json").exists(),
         command=_read(workdir / "command.txt", Path.read_text) or "",
     )
+
+
+def settings(workdir: Path) -> dict[str, Any]:
+    """The settings of the run in a work directory, nested.
+
+    Raises:
+      UserError: no such directory, no run in it, or a file that is damaged.
+    """
+    if not (workdir / "config.json").is_file():
+        what = "holds no run (no config.json)" if workdir.is_dir() else "is not a directory"
+        raise UserError(f"{workdir} {what}; give the --workdir of a run")
+    return dict(_read(workdir / "config.json", _read_json))
 
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:

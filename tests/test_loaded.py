@@ -114,6 +114,11 @@ def test_what_cannot_be_loaded_or_asked_is_an_answer(whole, tmp_path):
     run = whole[2]
     with pytest.raises(UserError, match="holds no run"):
         load_run(tmp_path)
+    with pytest.raises(UserError, match="is not a directory"):
+        load_run(tmp_path / "no_such")
+    (tmp_path / "config.json").write_text('{"seed": 0,')
+    with pytest.raises(UserError, match=r"config\.json is damaged: Expecting"):
+        load_run(tmp_path)
     with pytest.raises(
         UserError, match=r"images are uint8 \[n, 16, 16, 1\], not float32 \[2, 16, 16, 1\]"
     ):
