@@ -15,7 +15,7 @@ from pathlib import Path
 from configs.digits import get_config
 from experiments import branches
 from experiments.branches import Settings, spread
-from mosaic_jax import main
+from mosaic_jax import start
 
 BASE = "as configured"
 VARIANTS: dict[str, Settings] = {
@@ -87,7 +87,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     variants = list(dict.fromkeys([BASE, *arguments.variants]))
     os.makedirs(arguments.root, exist_ok=True)
-    main.set_up_jax(clients=1)
+    start.set_up_jax(clients=1)
     tables = []
     for level in arguments.levels:
         cells = [

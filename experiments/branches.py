@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mosaic_jax import experiment, main
+from mosaic_jax import experiment, start
 from mosaic_jax import settings as reader
 from mosaic_jax.config import Config
 from mosaic_jax.metrics import MetricsFile, mean_and_spread
@@ -80,7 +80,7 @@ def adopt(source: Path, workdir: Path, stages: tuple[str, ...]) -> None:
 def run(settings: Config, workdir: Path) -> dict[str, float]:
     """Run it, unless it has ended; test accuracies in percent by the label of their row."""
     if not (workdir / "summary.json").exists():
-        experiment.run(main.prepare(settings), workdir, progress)
+        experiment.run(start.prepare(settings), workdir, progress)
     return {label: 100 * test for label, test, *_ in result_rows(workdir)}
 
 

@@ -29,7 +29,7 @@ from experiments import branches, sweep_engine, sweep_table
 from experiments.sweep_engine import Engine, Job, Local, Submitit
 from experiments.sweep_table import Cell
 from mosaic_jax import methods, settings
-from mosaic_jax.main import INTERRUPTED, TERMINATED, USER_ERROR
+from mosaic_jax.start import INTERRUPTED, TERMINATED, USER_ERROR
 from mosaic_jax.types import UserError
 
 VARIED = {

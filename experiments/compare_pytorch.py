@@ -35,7 +35,7 @@ from configs.fashion_mnist import get_config
 from experiments import branches
 from experiments.pytorch_baseline.pipeline import Work
 from experiments.timed_units import STAGES, Unit, alternate, peak, spread, units
-from mosaic_jax import main
+from mosaic_jax import start
 from mosaic_jax.config import Config
 from mosaic_jax.stages.federation import Federation
 
@@ -177,8 +177,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     config = settings(arguments)
     precision = "tensorfloat32" if arguments.tf32 else "highest"
     jax.config.update("jax_default_matmul_precision", precision)
-    main.set_up_jax(config.partition.clients)
-    federation = main.prepare(config)
+    start.set_up_jax(config.partition.clients)
+    federation = start.prepare(config)
     load = os.getloadavg()
     torch = PyTorch(work_of(federation), len(cores), arguments.tf32)
     ours, first_pass = units(federation)

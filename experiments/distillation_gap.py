@@ -17,7 +17,7 @@ from pathlib import Path
 from configs.fashion_mnist import get_config
 from experiments import branches
 from experiments.branches import Settings, spread
-from mosaic_jax import main
+from mosaic_jax import start
 from mosaic_jax.metrics import mean_and_spread
 
 BRANCHES = {
@@ -73,7 +73,7 @@ def share(rows: list[dict[str, float]]) -> str:
 if __name__ == "__main__":
     arguments = branches.parser(__doc__, "runs/gap", ["moderate", "severe"]).parse_args()
     os.makedirs(arguments.root, exist_ok=True)
-    main.set_up_jax(clients=1)
+    start.set_up_jax(clients=1)
     changes = dict(arguments.set)
     cells = {
         level: [run_cell(arguments.root, level, seed, changes) for seed in arguments.seeds]

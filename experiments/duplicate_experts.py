@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from configs.base import get_config
 from experiments import branches
 from experiments.timed_units import TEACHER_IMAGES, Unit, alternate, spread
-from mosaic_jax import main, parallel
+from mosaic_jax import parallel, start
 from mosaic_jax.data import sources
 from mosaic_jax.stages import federation as federations
 from mosaic_jax.stages.federation import Federation
@@ -67,7 +67,7 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    main.set_up_jax(arguments.clients)
+    start.set_up_jax(arguments.clients)
     head = ["classes", "different experts", "each once, s", "every class, s", "ratio"]
     rows = [row(arguments, classes) for classes in arguments.classes]
     print(branches.markdown([head, *rows]))

@@ -24,7 +24,7 @@ from scipy.special import softmax
 
 from experiments import branches, perceptrons
 from experiments.perceptrons import Perceptron, fit, mixture_of_experts, prototypes
-from mosaic_jax import main, rng
+from mosaic_jax import rng, start
 from mosaic_jax.data import sources
 from mosaic_jax.data.clients import to_float
 from mosaic_jax.data.partition import partition
@@ -218,6 +218,6 @@ def parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     arguments = parser().parse_args()
-    main.set_up_jax(clients=1)
+    start.set_up_jax(clients=1)
     print(simulation_table(arguments.draws) + "\n", flush=True)
     print(digits_table([one_partition(arguments, number) for number in arguments.partitions]))

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mosaic_jax.main import TERMINATED, USER_ERROR, set_up_jax
+from mosaic_jax.start import TERMINATED, USER_ERROR, set_up_jax
 
 SETTINGS = {
     "run.checkpoint_every": 1,

@@ -21,10 +21,10 @@ from typing import Any
 
 from experiments import branches
 from experiments.branches import Settings, spread
-from mosaic_jax import main, methods
+from mosaic_jax import methods, start
 from mosaic_jax.config import Config
-from mosaic_jax.main import USER_ERROR
 from mosaic_jax.settings import HETEROGENEITY
+from mosaic_jax.start import USER_ERROR
 from mosaic_jax.types import UserError
 
 BUDGETS = {"whole": "", "narrow": "narrow"}
@@ -175,7 +175,7 @@ if __name__ == "__main__":
     arguments = parse()
     get_config = importlib.import_module(f"configs.{arguments.config}").get_config
     arguments.root.mkdir(parents=True, exist_ok=True)
-    main.set_up_jax(clients=10)
+    start.set_up_jax(clients=10)
     failed = False
     for cell in [] if arguments.show else cells(arguments):
         path = folder(arguments.root, cell)

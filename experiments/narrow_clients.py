@@ -14,7 +14,7 @@ from configs.base import get_config
 from experiments import branches
 from experiments.timed_units import alternate, spread
 from experiments.uneven_clients import unit
-from mosaic_jax import main
+from mosaic_jax import start
 from mosaic_jax.stages.cohort import model_bytes
 from mosaic_jax.stages.federation import Federation
 
@@ -31,7 +31,7 @@ def prepare(arguments: argparse.Namespace, share: float) -> Federation:
         "submodel.capacities": (share,) * arguments.clients,
         "local_update.steps": 2,
     }
-    return main.prepare(branches.config(get_config, "", 0, changes))
+    return start.prepare(branches.config(get_config, "", 0, changes))
 
 
 def rows(arguments: argparse.Namespace) -> list[list[str]]:
@@ -64,5 +64,5 @@ def parse() -> argparse.Namespace:
 
 if __name__ == "__main__":
     arguments = parse()
-    main.set_up_jax(arguments.clients)
+    start.set_up_jax(arguments.clients)
     print(branches.markdown(rows(arguments)))

@@ -33,8 +33,8 @@ from experiments.planned import Program, Record, planned, walk
 from mosaic_jax import parallel, settings
 from mosaic_jax.config import Config
 from mosaic_jax.data import published, sources
-from mosaic_jax.main import USER_ERROR
 from mosaic_jax.stages import federation as federations
+from mosaic_jax.start import USER_ERROR
 from mosaic_jax.types import Dataset, UserError
 
 IMAGES = {

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mosaic_jax.main import TERMINATED, USER_ERROR
+from mosaic_jax.start import TERMINATED, USER_ERROR
 
 LOST = 1
 """Status of a job whose engine could not start it, or lost it."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import branches, perceptrons
 from experiments.perceptrons import BATCH, Perceptron, fit, mixture_of_experts, prototypes
-from mosaic_jax import main, rng
+from mosaic_jax import rng, start
 from mosaic_jax.data.clients import Client, uniform_batch
 from mosaic_jax.stages.generator_losses import diversity_loss
 from mosaic_jax.types import Array, PyTree
@@ -202,5 +202,5 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main.set_up_jax(clients=1)
+    start.set_up_jax(clients=1)
     print(run(parser().parse_args()))

@@ -15,7 +15,7 @@ import numpy as np
 from configs.base import get_config
 from experiments import branches
 from experiments.timed_units import Unit, alternate, spread
-from mosaic_jax import main, methods, parallel
+from mosaic_jax import methods, parallel, start
 from mosaic_jax.data.clients import batches_per_epoch
 from mosaic_jax.stages.federation import Federation
 
@@ -32,7 +32,7 @@ def build(arguments: argparse.Namespace, clients: int, kind: str) -> Federation:
         "partition.alpha": arguments.alpha,
         "partition.minimum": 2,
     }
-    return main.prepare(branches.config(get_config, "", 0, changes))
+    return start.prepare(branches.config(get_config, "", 0, changes))
 
 
 def unit(federation: Federation) -> Unit:
@@ -86,6 +86,6 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--splits", nargs="+", default=["iid", "dirichlet"])
     arguments = parser.parse_args()
-    main.set_up_jax(max(arguments.clients))
+    start.set_up_jax(max(arguments.clients))
     head = ["clients", "split", "images", "ms a client-step", "masked", "padding"]
     print(branches.markdown([head, *rows(arguments)]))

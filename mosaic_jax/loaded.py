@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 from jax import export
 
-from mosaic_jax import experiment, main, record, rng, settings
+from mosaic_jax import experiment, record, rng, settings, start
 from mosaic_jax.config import Config
 from mosaic_jax.data.clients import to_float
 from mosaic_jax.stages.evaluation import Predictor, predictor
@@ -185,6 +185,6 @@ def load_run(workdir: str | Path) -> LoadedRun:
       UserError: the directory holds no run, or its data set is missing.
     """
     workdir = Path(workdir)
-    federation = main.prepare(settings.from_config_dict(record.settings(workdir)))
+    federation = start.prepare(settings.from_config_dict(record.settings(workdir)))
     state, ended = experiment.restore(federation, workdir)
     return LoadedRun(federation, state, ended)

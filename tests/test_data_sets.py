@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import small_sets
-from mosaic_jax import experiment, main
+from mosaic_jax import experiment, start
 from mosaic_jax.data.published import SETS
 from mosaic_jax.settings import from_config_dict
 
@@ -22,7 +22,7 @@ def test_the_small_form_runs_on_original_files(name, tmp_path, monkeypatch):
     settings = importlib.import_module(f"configs.{name}").get_config("small")
     settings.data.directory = str(tmp_path / "set")
     settings.method = "mosaic" if name == WHOLE else "fedavg"
-    federation = main.prepare(from_config_dict(settings.to_dict()))
+    federation = start.prepare(from_config_dict(settings.to_dict()))
     assert federation.counts.shape == (5, small_sets.CLASSES[name])
     assert federation.counts.sum() == settings.data.train_images
     state = experiment.run(federation, tmp_path / "run")

@@ -1,6 +1,8 @@
 """A run loaded again has the models it ended with, and says what it lacks."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -129,3 +131,11 @@ def test_what_cannot_be_loaded_or_asked_is_an_answer(whole, tmp_path):
         run.draw(3, 1)
     with pytest.raises(AttributeError, match="no attribute 'lod_run'"):
         mosaic_jax.lod_run  # noqa: B018
+
+
+def test_the_library_leaves_flags_of_the_users_own_program_alone():
+    program = "from absl import flags; flags.DEFINE_string('workdir', '', ''); "
+    program += "from mosaic_jax import load_run; load_run; print(list(flags.FLAGS))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "coordinator" not in ran.stdout
