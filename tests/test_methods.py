@@ -277,6 +277,17 @@ def test_fedgens_spread_is_that_of_all_pairs():
     assert found == pytest.approx(np.exp(-np.mean(apart)), rel=1e-5)
 
 
+def test_fedgens_features_say_their_class_in_a_batch_of_one_class(make_federation):
+    server = fedgen.FeatureGenerator(make_federation(**SHORT))
+    generator = server.start(server.federation.initial_variables())["generator"]
+    key = jax.random.key(0)
+    of = [fedgen._features(generator, jnp.full(8, label), key) for label in (0, 1)]
+    mixed = fedgen._features(generator, jnp.array([0, 1] * 4), key)
+    np.testing.assert_allclose(mixed[::2], of[0][::2], rtol=1e-5)
+    np.testing.assert_allclose(mixed[1::2], of[1][1::2], rtol=1e-5)
+    assert jnp.abs(of[0] - of[1]).max() > 0.01
+
+
 def test_a_mean_over_nothing_is_zero():
     assert mean_where(jnp.array([1.0, 3.0]), jnp.array([True, False])) == 1
     assert mean_where(jnp.array([1.0, 3.0]), jnp.array([False, False])) == 0

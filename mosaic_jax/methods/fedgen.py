@@ -132,13 +132,16 @@ class FeatureGenerator:
 
 
 def _features(variables: Variables, labels: Array, key: Array) -> Array:
-    """What the sent generator draws for these labels, on the batch's own statistics."""
+    """What the sent generator draws for these labels [batch]: features [batch, features].
+
+    In eval mode: a batch of one class has that class in its mean, which batch norm would take out,
+    and with it all that the features say of their class.
+    """
     width = variables["params"]["features"]["bias"].shape[0]
     classes = variables["params"]["hidden"]["kernel"].shape[0] - NOISE
-    generator = LatentGenerator(width, classes, HIDDEN)
     noise = jax.random.uniform(key, (len(labels), NOISE))
-    drawn: Any = generator.apply(variables, noise, labels, True, mutable=["batch_stats"])
-    return jax.lax.stop_gradient(drawn[0])
+    drawn: Any = LatentGenerator(width, classes, HIDDEN).apply(variables, noise, labels)
+    return jax.lax.stop_gradient(drawn)
 
 
 def spread_loss(noise: Array, features: Array) -> Array:

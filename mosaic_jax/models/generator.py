@@ -82,11 +82,11 @@ class LatentGenerator(nn.Module):
 
     @nn.compact
     def __call__(self, noise: Array, labels: Array, train: bool = False) -> Array:
-        """`[batch, d]` in [0, 1] and `[batch]` to features `[batch, features]`, not negative."""
+        """`[batch, d]` in [0, 1] and `[batch]` to features `[batch, features]`."""
         x = jnp.concatenate([noise, jax.nn.one_hot(labels, self.num_classes)], axis=-1)
         x = Dense(self.hidden, name="hidden")(x)
         x = nn.relu(BatchNorm(name="norm")(x, train))
-        return nn.relu(Dense(self.features, name="features")(x))
+        return Dense(self.features, name="features")(x)
 
 
 class Discriminator(nn.Module):
