@@ -9,10 +9,11 @@ import pytest
 from test_experiment import Killed, assert_same, lines, run
 
 from mosaic_jax import methods, parallel
-from mosaic_jax.data.clients import pack
+from mosaic_jax.data.clients import pack, to_float
 from mosaic_jax.data.partition import class_counts
 from mosaic_jax.methods import fedgen
 from mosaic_jax.metrics import check_clients, check_finite
+from mosaic_jax.models import submodel
 from mosaic_jax.models.normalisation import norms, with_norms
 from mosaic_jax.stages import cohort, rounds
 from mosaic_jax.stages.federation import Federation
@@ -206,6 +207,30 @@ def test_a_client_of_fedbn_keeps_its_batch_norms_through_a_broadcast(make_federa
     absent = [i for i in range(4) if i not in list(metrics["clients"])]
     for path, leaf in jax.device_get(carry["norms"]).items():
         assert_same(leaf[absent], before[path][absent])
+
+
+def test_a_narrow_client_of_fedbn_is_judged_by_its_sub_model(make_federation):
+    settings = {"submodel.capacities": (1.0, 0.5, 0.5, 0.25), "submodel.scheme": "static"}
+    federation = of(make_federation, hard_counts(), **SHORT | settings)
+    stage = methods.stages("fedbn", federation)[0]
+    state = {"global": federation.initial_variables()}
+    carry, _ = stage.block(state, stage.start(state), 0)
+    images, labels = federation.dataset.test_images, federation.dataset.test_labels
+    accuracies = []
+    for group in federation.groups:
+        streams = submodel.streams_of(federation.model)
+        for client in group.members:
+            own = jax.tree.map(lambda leaf, i=client: leaf[i], carry["norms"])
+            full = with_norms(carry["global"], own)
+            sets = {
+                name: jnp.arange(int(-(-channels * group.capacity // 1)))
+                for name, channels in submodel.widths(streams, full).items()
+            }
+            model = submodel.extract(full, streams, sets)
+            logits = jax.jit(group.model.apply)(model, to_float(images)).logits
+            accuracies.append(np.mean(logits.argmax(-1) == labels))
+    found = stage.evaluate(stage.finish(state, carry))["client_test_accuracy"]
+    assert found == pytest.approx(np.mean(accuracies), abs=1 / len(labels))
 
 
 def test_batch_norms_are_all_scales_biases_and_statistics_of_norms(make_federation):

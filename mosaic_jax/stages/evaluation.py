@@ -5,15 +5,16 @@ validation part of the clients' data (`data.validation_fraction`).
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import numpy as np
 
 from mosaic_jax import parallel
 from mosaic_jax.data.clients import to_float
-from mosaic_jax.stages.federation import Federation
+from mosaic_jax.stages.federation import Federation, Group
 from mosaic_jax.stages.stage import State
-from mosaic_jax.types import Array, PyTree
+from mosaic_jax.types import Array, Outputs, PyTree
 
 CHUNK = parallel.BLOCK
 """Images evaluated at a time; any number gives the same figures."""
@@ -96,35 +97,45 @@ def predictor(
 
 
 def personal_evaluator(
-    federation: Federation, own_model: Callable[[PyTree, PyTree], PyTree]
+    federation: Federation, own_model: Callable[[Group, PyTree, PyTree], PyTree]
 ) -> Callable[[PyTree, PyTree], dict[str, float]]:
     """Compile `evaluate(variables, owns [clients, ...]) -> figures` of the clients' own models.
 
     Args:
       federation: test set and layout.
-      own_model: (variables, own) -> variables of ONE client's model.
+      own_model: (group, variables, own) -> variables of ONE client's model, of the group's shapes.
 
     Returns:
       A function giving `client_test_accuracy`, the mean over clients of their models' accuracy on
       the whole test set, and `client_local_test_accuracy`, on test images that follow the
       client's class distribution.
     """
-    dataset, shards = federation.dataset, federation.local_shards
+    dataset, shards, groups = federation.dataset, federation.local_shards, federation.groups
 
-    def classify(shared: PyTree, own: PyTree) -> Array:
-        model = own_model(shared["variables"], own)
+    def of_group(group: Group) -> Callable[[PyTree, PyTree], Array]:
+        def classify(shared: PyTree, own: PyTree) -> Array:
+            model = own_model(group, shared["variables"], own)
 
-        def of_chunk(images: Array) -> Array:
-            return federation.outputs(model, to_float(images)).logits.argmax(-1)
+            def of_chunk(images: Array) -> Array:
+                outputs = cast(Outputs, group.model.apply(model, to_float(images)))
+                return outputs.logits.argmax(-1)
 
-        return jax.lax.map(of_chunk, shared["chunks"]).reshape(-1)
+            return jax.lax.map(of_chunk, shared["chunks"]).reshape(-1)
 
-    mapped = federation.jit(federation.map(classify))
+        mapped = federation.map(classify)
+        return federation.jit(
+            lambda shared, owns: mapped(shared, parallel.chosen(owns, group.members))
+        )
+
+    classifiers = [of_group(group) for group in groups]
 
     def evaluate(variables: PyTree, owns: PyTree) -> dict[str, float]:
         chunks = federation.place(_chunks(dataset.test_images))
-        chosen = federation.fetch(mapped({"variables": variables, "chunks": chunks}, owns))
-        correct = chosen[:, : len(dataset.test_labels)] == dataset.test_labels
+        shared, labels = {"variables": variables, "chunks": chunks}, dataset.test_labels
+        correct = np.zeros((federation.num_clients, len(labels)), bool)
+        for group, classify in zip(groups, classifiers, strict=True):
+            answers = federation.fetch(classify(shared, owns))
+            correct[group.members] = answers[:, : len(labels)] == labels
         local = [
             own[shard].mean() for own, shard in zip(correct, shards, strict=True) if len(shard)
         ]
