@@ -22,6 +22,7 @@ SETTINGS = {
     "local_update.rounds": 30,
     "local_update.learning_rate": 0.1,
     "local_update.final_learning_rate": 0.005,
+    "fedgen.weight": 1.0,
     "prototypes.per_class": 20,
     "meta_model.steps": 300,
     "meta_model.feedforward": 256,
