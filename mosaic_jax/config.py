@@ -1,7 +1,8 @@
 """The one definition of every setting: frozen dataclasses with defaults and units.
 
 The defaults are the paper's CIFAR-10 settings where it states them, else the reference
-implementation's, but for those of the generators, chosen by measurement (docs/decisions.md). `settings.py` reads and checks what users write.
+implementation's, but for those of the generators, chosen by measurement (docs/decisions.md).
+`settings.py` reads and checks what users write.
 """
 
 from dataclasses import dataclass, field
