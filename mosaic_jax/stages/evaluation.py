@@ -112,22 +112,7 @@ def personal_evaluator(
     """
     dataset, shards, groups = federation.dataset, federation.local_shards, federation.groups
 
-    def of_group(group: Group) -> Callable[[PyTree, PyTree], Array]:
-        def classify(shared: PyTree, own: PyTree) -> Array:
-            model = own_model(group, shared["variables"], own)
-
-            def of_chunk(images: Array) -> Array:
-                outputs = cast(Outputs, group.model.apply(model, to_float(images)))
-                return outputs.logits.argmax(-1)
-
-            return jax.lax.map(of_chunk, shared["chunks"]).reshape(-1)
-
-        mapped = federation.map(classify)
-        return federation.jit(
-            lambda shared, owns: mapped(shared, parallel.chosen(owns, group.members))
-        )
-
-    classifiers = [of_group(group) for group in groups]
+    classifiers = [_own_answers(federation, group, own_model) for group in groups]
 
     def evaluate(variables: PyTree, owns: PyTree) -> dict[str, float]:
         chunks = federation.place(_chunks(dataset.test_images))
@@ -145,6 +130,24 @@ def personal_evaluator(
         }
 
     return evaluate
+
+
+def _own_answers(
+    federation: Federation, group: Group, own_model: Callable[[Group, PyTree, PyTree], PyTree]
+) -> Callable[[PyTree, PyTree], Array]:
+    """Compile what the own models of a group's clients take images for, [members, images]."""
+
+    def classify(shared: PyTree, own: PyTree) -> Array:
+        model = own_model(group, shared["variables"], own)
+
+        def of_chunk(images: Array) -> Array:
+            outputs = cast(Outputs, group.model.apply(model, to_float(images)))
+            return outputs.logits.argmax(-1)
+
+        return jax.lax.map(of_chunk, shared["chunks"]).reshape(-1)
+
+    mapped = federation.map(classify)
+    return federation.jit(lambda shared, owns: mapped(shared, parallel.chosen(owns, group.members)))
 
 
 def _chunks(images: np.ndarray) -> np.ndarray:
