@@ -5,11 +5,13 @@
 Whole runs of Mosaic on the digits with few steps, each on a layout of hosts x devices: processes
 on this machine that meet over gloo, with forced CPU devices. The table has the largest difference
 of each stage's metrics from those of one host with one device: of losses and scores relative to
-their size, and of test accuracies in percentage points. At the end one of two hosts is killed.
+their size, and of test accuracies in percentage points. At the end one of two hosts is killed, ten
+times.
 """
 
 import argparse
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -40,6 +42,8 @@ SHORT = {
 
 LAYOUTS = ((1, 1), (1, 8), (2, 4), (4, 2))
 """Hosts, devices of each; the first is what the others are compared with."""
+
+KILLS = 10
 
 FLAG = "--xla_force_host_platform_device_count"
 
@@ -115,14 +119,17 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     return MetricsFile(workdir / "metrics.jsonl").read()
 
 
-def lose_a_host(root: Path) -> str:
-    """Kill the second of two hosts in the middle of a long run: how the first one ends."""
+def lose_a_host(root: Path, trial: int) -> str:
+    """Kill the second of two hosts, some rounds into a long run: how the first one ends."""
     long = SHORT | {"local_update.rounds": 10_000}
+    metrics = root / "lost" / "metrics.jsonl"
+    rounds = len(MetricsFile(metrics).read()) + 5
     first, second = start(long, root / "lost", 2, 4)
-    while not (root / "lost" / "checkpoints" / "local_update" / "5").exists():
+    while len(MetricsFile(metrics).read()) < rounds:
         if first.poll() is not None:
             raise SystemExit(first.communicate()[1][-2000:])
         time.sleep(0.2)
+    time.sleep(random.Random(trial).random())  # during a program, a checkpoint or between them
     second.kill()
     begin = time.monotonic()
     _, errors = first.communicate()
@@ -150,4 +157,5 @@ if __name__ == "__main__":
         for stage in stages
     ]
     print(branches.markdown([head, *body]))
-    print(lose_a_host(arguments.root))
+    for trial in range(KILLS):
+        print(lose_a_host(arguments.root, trial))

@@ -103,6 +103,8 @@ def _writing(path: Path) -> Iterator[None]:
     """A full disk reaches us as any of several exceptions of orbax and its storage."""
     try:
         yield
+    except jax.errors.JaxRuntimeError:
+        raise  # a collective failed, since a host is lost: not the file's fault
     except Exception as error:
         text = str(error).strip()
         reason = text.splitlines()[0] if text else repr(error)

@@ -16,8 +16,10 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 from jax._src import distributed  # `get_live_nodes` has no public name yet
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from mosaic_jax import parallel
 from mosaic_jax.types import UserError
 
 MESSAGE_BYTES = 1024
@@ -67,7 +69,7 @@ def join(coordinator: str | None, count: int | None, number: int | None, seconds
 def part() -> None:
     """Wait for all hosts at the end of the run; from then on each may end on its own."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("part")
+        _of_all_hosts(np.array(True))
         _parting.set()
 
 
@@ -149,7 +151,7 @@ def any_host(flag: bool) -> bool:
     """Whether it is so on some host; all hosts must ask."""
     if jax.process_count() == 1:
         return flag
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+    return bool(_of_all_hosts(np.array(flag)).any())
 
 
 def on_first_host(action: Callable[[], object]) -> None:
@@ -170,7 +172,7 @@ def on_first_host(action: Callable[[], object]) -> None:
     buffer = np.zeros(MESSAGE_BYTES, np.uint8)
     text = np.frombuffer(message.encode()[:MESSAGE_BYTES], np.uint8)
     buffer[: len(text)] = text
-    received = np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes().rstrip(b"\0")
+    received = _of_all_hosts(buffer)[0].tobytes().rstrip(b"\0")
     if received:
         raise UserError(received.decode(errors="replace"))
 
@@ -184,7 +186,15 @@ def check_agreement(what: str, text: Callable[[], str]) -> None:
     if jax.process_count() == 1:
         return
     own = np.array(zlib.crc32(text().encode()), np.uint32)
-    found = multihost_utils.process_allgather(own)
+    found = _of_all_hosts(own)
     different = np.flatnonzero(found != found[0])
     if len(different):
         raise UserError(f"hosts {', '.join(map(str, different))} have other {what} than host 0")
+
+
+def _of_all_hosts(own: np.ndarray) -> np.ndarray:
+    """What every host has, [hosts, ...]; all hosts must ask, with arrays of one shape."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("hosts", "devices"))
+    spread = jax.make_array_from_process_local_data(NamedSharding(mesh, P("hosts")), own[None])
+    return parallel.to_host(spread)

@@ -78,7 +78,9 @@ def to_host(tree: PyTree) -> PyTree:
             return leaf
         return _gather(leaf.sharding.mesh)(leaf)  # type: ignore[attr-defined]
 
-    return jax.device_get(jax.tree.map(whole, tree))
+    # Fetching waits for one device alone. Where another has failed, since a host is lost, the next
+    # program must not start: its messages would meet those that the failed one has left.
+    return jax.device_get(jax.block_until_ready(jax.tree.map(whole, tree)))
 
 
 @lru_cache
