@@ -1,18 +1,20 @@
-"""What each part of Mosaic is worth: one change at a time, on the digits.
+"""What each part of Mosaic is worth: one change at a time.
 
     python -m experiments.ablation --seeds 0 1 2 --root runs/ablation
     python -m experiments.ablation --levels narrow --variants "experts average parameters"
 
-Every variant of `configs/digits.py` shares what comes before its change with the unchanged run, and
+Every variant of the config shares what comes before its change with the unchanged run, and
 nothing else. The table gives test accuracies in percent, mean and sample standard deviation over
 seeds, and of the student's difference from the unchanged run at the end, seed by seed.
 """
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from configs.digits import get_config
+from ml_collections import ConfigDict
+
 from experiments import branches
 from experiments.branches import Settings, spread
 from mosaic_jax import start
@@ -32,11 +34,12 @@ VARIANTS: dict[str, Settings] = {
     "no entropy or diversity loss": {"generator_optimization.diversity_weight": 0.0},
     "one averaged generator": {"knowledge_distillation.images": "averaged"},
     "uniform teacher: no prototypes, no meta model": {"knowledge_distillation.teacher": "uniform"},
+    "each class by its own expert: no meta model": {"knowledge_distillation.teacher": "own"},
     "class shares not used": {"knowledge_distillation.class_prior": False},
     "distillation on the global model's statistics": {
         "knowledge_distillation.batch_norm": "frozen"
     },
-    "a quarter of the distillation steps": {"knowledge_distillation.steps": 100},
+    "100 distillation steps": {"knowledge_distillation.steps": 100},
     "no distillation": {"knowledge_distillation.steps": 0},
 }
 COLUMNS = {
@@ -52,7 +55,12 @@ def slug(name: str) -> str:
 
 
 def run_cell(
-    root: Path, level: str, seed: int, variants: list[str], changes: Settings
+    get_config: Callable[[str], ConfigDict],
+    root: Path,
+    level: str,
+    seed: int,
+    variants: list[str],
+    changes: Settings,
 ) -> list[dict[str, float]]:
     """Some variants of a level and seed; a row each, in percent."""
     rows = []
@@ -83,6 +91,7 @@ def table(level: str, variants: list[str], seeds: list[list[dict[str, float]]]) 
 
 if __name__ == "__main__":
     parser = branches.parser(__doc__, "runs/ablation", ["moderate"])
+    branches.add_config(parser)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     arguments = parser.parse_args()
     variants = list(dict.fromkeys([BASE, *arguments.variants]))
@@ -91,7 +100,7 @@ if __name__ == "__main__":
     tables = []
     for level in arguments.levels:
         cells = [
-            run_cell(arguments.root, level, seed, variants, dict(arguments.set))
+            run_cell(arguments.config, arguments.root, level, seed, variants, dict(arguments.set))
             for seed in arguments.seeds
         ]
         tables.append(table(level, variants, cells))

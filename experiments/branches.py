@@ -6,6 +6,7 @@ section come out the same, so a branch is given their checkpoints. Every run res
 """
 
 import argparse
+import importlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -126,3 +127,21 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """`--config NAME`: the `get_config` of a file of `configs/`."""
+    parser.add_argument(
+        "--config",
+        default="digits",
+        type=_get_config,
+        help="a file of configs/, without its ending",
+    )
+
+
+def _get_config(name: str) -> Callable[[str], ConfigDict]:
+    try:
+        found: Callable[[str], ConfigDict] = importlib.import_module(f"configs.{name}").get_config
+    except ModuleNotFoundError:
+        raise argparse.ArgumentTypeError(f"there is no configs/{name}.py") from None
+    return found

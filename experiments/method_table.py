@@ -13,7 +13,6 @@ LaTeX, test accuracy in percent, mean and sample standard deviation over seeds.
 import argparse
 import csv
 import dataclasses
-import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -161,7 +160,7 @@ def write(arguments: argparse.Namespace) -> str:
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = branches.parser(__doc__, "runs/method_table", list(HETEROGENEITY))
-    parser.add_argument("--config", default="digits", help="a file of configs/, without its ending")
+    branches.add_config(parser)
     known = list(methods.METHODS)
     parser.add_argument("--methods", nargs="+", default=known, choices=known)
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
@@ -173,7 +172,6 @@ def parse() -> argparse.Namespace:
 
 if __name__ == "__main__":
     arguments = parse()
-    get_config = importlib.import_module(f"configs.{arguments.config}").get_config
     arguments.root.mkdir(parents=True, exist_ok=True)
     start.set_up_jax(clients=10)
     failed = False
@@ -183,7 +181,7 @@ if __name__ == "__main__":
             continue
         print(path.name, flush=True)
         try:
-            branches.run(config(get_config, cell, dict(arguments.set)), path)
+            branches.run(config(arguments.config, cell, dict(arguments.set)), path)
         except UserError as error:
             print(f"error: {path.name}: {error}", file=sys.stderr, flush=True)
             failed = True

@@ -172,7 +172,8 @@ class KnowledgeDistillation:
     generators_per_step: int = 0  # seeded draw, a divisor of the clients; 0: all, at most 256
     images: str = "generated"  # generated | averaged (one generator of the clients' mean weights) |
     # real (an oracle that no federation could run)
-    teacher: str = "meta"  # meta (the mixture of experts) | uniform (the mean of the experts)
+    teacher: str = "meta"  # meta (the mixture of experts) | own (each class by its own expert) |
+    # uniform (the mean of the experts)
     class_prior: bool = False  # teacher's answers times the class shares of the generator's client
     learning_rate: float = 1e-4  # Adam; falls to 0 along a cosine
     kl_weight: float = 0.8

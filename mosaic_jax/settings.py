@@ -71,7 +71,7 @@ CHOICES = {
     "generator_optimization.adversary": ("dcgan", "local"),
     "prototypes.features": ("experts", "global"),
     "knowledge_distillation.images": ("generated", "averaged", "real"),
-    "knowledge_distillation.teacher": ("meta", "uniform"),
+    "knowledge_distillation.teacher": ("meta", "own", "uniform"),
     "knowledge_distillation.batch_norm": ("frozen", "train"),
     "fine_tuning.batch_norm": ("frozen", "train"),
 }

@@ -7,6 +7,7 @@ import json
 import pytest
 from conftest import TINY
 
+from configs import digits, fashion_mnist
 from experiments import ablation, branches, distillation_gap, method_table
 from mosaic_jax import settings as reader
 
@@ -50,11 +51,11 @@ def test_a_branch_ends_like_a_run_of_its_own(tmp_path, capsys):
 
 
 def test_every_variant_of_the_experiments_is_a_config_of_its_own():
-    for module, variants in (
-        (ablation, ablation.VARIANTS),
-        (distillation_gap, distillation_gap.BRANCHES),
+    for get_config, variants in (
+        (digits.get_config, ablation.VARIANTS),
+        (fashion_mnist.get_config, distillation_gap.BRANCHES),
     ):
-        made = [branches.config(module.get_config, "severe", 0, own) for own in variants.values()]
+        made = [branches.config(get_config, "severe", 0, own) for own in variants.values()]
         assert all(a != b for i, a in enumerate(made) for b in made[:i])
 
 

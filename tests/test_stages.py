@@ -5,6 +5,7 @@ holder of classes 1, 3, 4 and 8; 2 the only one of 6 and 7; 1 and 2 share 2 and 
 """
 
 import dataclasses
+import operator
 from itertools import pairwise
 
 import chex
@@ -1094,21 +1095,21 @@ def test_averaged_generators_are_one_and_their_clients_weigh_in(make_federation,
     jax.tree.map(compare, found, state["generators"])
 
 
-def test_a_uniform_teacher_is_the_mean_of_the_experts(make_federation, states):
-    setting = {"knowledge_distillation.teacher": "uniform"}
+@pytest.mark.parametrize("kind", ["uniform", "own"])
+def test_a_teacher_without_a_meta_model(make_federation, states, kind):
+    setting = {"knowledge_distillation.teacher": kind}
     federation = unequal(make_federation, **SETTINGS, **setting)
     images = jax.random.uniform(KEY, (4, 16, 16, 1), minval=-1.0)
     variables = {name: states["meta_model"][name] for name in ("experts", "meta")}
-    logits, mixed, uniform = (
-        jax.jit(teacher)(variables, images)
-        for teacher in (
-            knowledge_distillation.Student(federation).teacher,
-            meta_model.teacher_logits(federation),
-            meta_model.uniform_logits(federation),
-        )
-    )
-    np.testing.assert_allclose(logits, uniform, rtol=1e-5, atol=1e-6)
-    assert differ(logits, mixed)
+    found = jax.jit(knowledge_distillation.Student(federation).teacher)(variables, images)
+    _, assignment = model_aggregation.expert_weights(federation.counts)
+    experts = [jax.tree.map(operator.itemgetter(n), variables["experts"]) for n in assignment]
+    # [experts, batch, classes]
+    logits = np.stack([federation.outputs(expert, images).logits for expert in experts])
+    own = np.stack([one[:, label] for label, one in enumerate(logits)], axis=1)
+    expected = {"uniform": logits.mean(axis=0), "own": own}
+    np.testing.assert_allclose(found, expected[kind], rtol=1e-4, atol=1e-5)
+    assert differ(expected["uniform"], expected["own"])
 
 
 @pytest.mark.parametrize(

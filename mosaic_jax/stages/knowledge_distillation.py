@@ -24,7 +24,7 @@ from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.generator_ensemble import Ensemble, log_class_prior
 from mosaic_jax.stages.generator_losses import diversity_loss
 from mosaic_jax.stages.generator_optimization import check_room
-from mosaic_jax.stages.meta_model import teacher_logits, uniform_logits
+from mosaic_jax.stages.meta_model import own_logits, teacher_logits, uniform_logits
 from mosaic_jax.stages.stage import Metrics, Stage, State
 from mosaic_jax.types import Array, PyTree, Variables
 
@@ -61,7 +61,7 @@ class Student:
 
     def __init__(self, federation: Federation):
         self.federation, self.settings = federation, federation.config.knowledge_distillation
-        kinds = {"meta": teacher_logits, "uniform": uniform_logits}
+        kinds = {"meta": teacher_logits, "own": own_logits, "uniform": uniform_logits}
         self.teacher = kinds[self.settings.teacher](federation)
         self.log_prior = class_prior(federation)
         if self.settings.images != "real":

@@ -91,6 +91,16 @@ def uniform_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
     return ensemble
 
 
+def own_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
+    """The experts without a meta model: the logit of each class is that of its own expert."""
+    logits, mix = member_logits(federation), mixture(federation)
+
+    def own(variables: PyTree, images: Array) -> Array:
+        return jnp.diagonal(mix(logits(variables["experts"], images)), axis1=1, axis2=2)
+
+    return own
+
+
 def training_set(state: State) -> PyTree:
     """What the meta model learns from: the prototypes as the experts' heads see them.
 
