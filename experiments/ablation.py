@@ -33,6 +33,7 @@ VARIANTS: dict[str, Settings] = {
     "meta model blind to who is who": {"meta_model.expert_embedding": False},
     "no entropy or diversity loss": {"generator_optimization.diversity_weight": 0.0},
     "one averaged generator": {"knowledge_distillation.images": "averaged"},
+    "real images, an oracle": {"knowledge_distillation.images": "real"},
     "uniform teacher: no prototypes, no meta model": {"knowledge_distillation.teacher": "uniform"},
     "each class by its own expert: no meta model": {"knowledge_distillation.teacher": "own"},
     "class shares not used": {"knowledge_distillation.class_prior": False},
