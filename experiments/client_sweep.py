@@ -28,7 +28,7 @@ from typing import Any
 from experiments import branches, sweep_engine, sweep_table
 from experiments.sweep_engine import Engine, Job, Local, Submitit
 from experiments.sweep_table import Cell
-from mosaic_jax import methods, settings
+from mosaic_jax import checks, methods, settings
 from mosaic_jax.start import INTERRUPTED, TERMINATED, USER_ERROR
 from mosaic_jax.types import UserError
 
@@ -119,7 +119,7 @@ def mistake(arguments: argparse.Namespace) -> str:
     """What is wrong with a command line, in a line; a setting only if it is wrong in every cell."""
     configs = sorted(path.stem for path in Path("configs").glob("*.py"))
     if arguments.config not in configs:
-        return settings.unknown("config", arguments.config, configs)
+        return checks.unknown("config", arguments.config, configs)
     for flag in ("jobs", "retries"):
         if getattr(arguments, flag) < (least := int(flag == "jobs")):
             return f"--{flag} {getattr(arguments, flag)}: must be at least {least}"
@@ -129,7 +129,7 @@ def mistake(arguments: argparse.Namespace) -> str:
         if name in VARIED:
             return f"{name} is what {VARIED[name]} says"
         if name not in settings.names():
-            return settings.unknown("setting", name, settings.names())
+            return checks.unknown("setting", name, settings.names())
         if not any(own_settings(method, [(name, None)]) for method in arguments.methods):
             return f"none of the methods uses {name!r}"
     wrong = [_wrong_settings(arguments, cell) for cell in cells(arguments)]

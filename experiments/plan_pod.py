@@ -30,7 +30,7 @@ from experiments import branches
 from experiments.chips import CHIPS, Chip
 from experiments.plan_tables import SCALING, Plan, scaling_rows, show
 from experiments.planned import Program, Record, planned, walk
-from mosaic_jax import parallel, settings
+from mosaic_jax import checks, parallel, settings
 from mosaic_jax.config import Config
 from mosaic_jax.data import published, sources
 from mosaic_jax.stages import federation as federations
@@ -71,7 +71,7 @@ def dataset(config: Config) -> Dataset:
     if about is None:
         if data.name not in ("digits", "synthetic"):
             known = sorted([*published.SETS, "digits", "synthetic"])
-            raise UserError(settings.unknown("data set", data.name, known))
+            raise UserError(checks.unknown("data set", data.name, known))
         return sources.load(
             data.name,
             image_size=data.image_size,
@@ -133,10 +133,10 @@ def settings_of(
 def _config(path: str, options: str, changes: dict[str, Any]) -> Config:
     if not Path(path).is_file():
         known = sorted(str(each) for each in Path("configs").glob("*.py"))
-        raise UserError(settings.unknown("config", path, known))
+        raise UserError(checks.unknown("config", path, known))
     for name in changes:
         if name not in settings.names():
-            raise UserError(settings.unknown("setting", name, settings.names()))
+            raise UserError(checks.unknown("setting", name, settings.names()))
     spec = importlib.util.spec_from_file_location("config", path)
     assert spec is not None
     assert spec.loader is not None
@@ -157,7 +157,7 @@ def slice_mesh(topology: str, count: int | None) -> tuple[Chip, Mesh]:
     chip = CHIPS.get(topology.partition(":")[0])
     if chip is None:
         known = list(CHIPS)
-        raise UserError(settings.unknown("chip", topology.partition(":")[0], known))
+        raise UserError(checks.unknown("chip", topology.partition(":")[0], known))
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed; pip install '.[tpu]'")
     from jax.experimental import topologies
@@ -206,7 +206,7 @@ def run(arguments: argparse.Namespace) -> None:
       UserError: what cannot be planned.
     """
     if arguments.until not in ("", *branches.STAGES):
-        raise UserError(settings.unknown("stage", arguments.until, list(branches.STAGES)))
+        raise UserError(checks.unknown("stage", arguments.until, list(branches.STAGES)))
     for dtype in arguments.dtypes:
         settings_of(arguments, arguments.clients or arguments.clients_per_chip, dtype, None)
     for topology in arguments.topology:

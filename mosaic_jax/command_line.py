@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 from rich.table import Table
 
-from mosaic_jax import methods, settings
+from mosaic_jax import checks, methods, settings
 from mosaic_jax.config import Config
 from mosaic_jax.types import UserError
 
@@ -73,10 +73,10 @@ def _check_names(argv: list[str]) -> None:
         file = value.partition(":")[0]
         if flag == "config" and file and not Path(file).is_file():
             known = sorted(str(path) for path in Path("configs").glob("*.py"))
-            raise UserError(settings.unknown("config", file, known))
+            raise UserError(checks.unknown("config", file, known))
         name = flag.removeprefix("config.")
         if name != flag and name not in settings.names():
-            raise UserError(settings.unknown("setting", name, settings.names()))
+            raise UserError(checks.unknown("setting", name, settings.names()))
 
 
 def tables(flag: str) -> list[Table]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mosaic_jax import settings
+from mosaic_jax import checks
 from mosaic_jax.config import Config
 from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import UserError
@@ -33,7 +33,7 @@ class Trackers:
         self.opened: list[Tracker] = []
         for name in self.names:
             if name not in TRACKERS:
-                raise UserError(settings.unknown("tracker", name, sorted(TRACKERS)))
+                raise UserError(checks.unknown("tracker", name, sorted(TRACKERS)))
             if importlib.util.find_spec(TRACKERS[name].package) is None:
                 raise UserError(
                     f"--track={name} needs {TRACKERS[name].package}: pip install '.[{name}]'"

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from mosaic_jax.config import Config
 from mosaic_jax.metrics import MetricsFile
-from mosaic_jax.settings import flat
 from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import UserError
@@ -34,11 +34,11 @@ def claim(workdir: Path, config: Config) -> None:
     """
     path = workdir / "config.json"
     settings = json.loads(json.dumps(dataclasses.asdict(config)))  # as it is read back
-    here = flat(settings)
+    here = flatten_dict(settings, sep=".")
     if path.exists():
         try:
-            there = flat(json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
+            there = flatten_dict(json.loads(path.read_text()), sep=".")
+        except (json.JSONDecodeError, AssertionError) as error:
             raise UserError(f"{path} is not a config: {error}") from None
         different = [
             name

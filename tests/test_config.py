@@ -13,7 +13,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from mosaic_jax import settings as reader
+from mosaic_jax import checks
 from mosaic_jax.config import Config
 from mosaic_jax.settings import HETEROGENEITY, from_config_dict, make
 from mosaic_jax.types import UserError
@@ -202,7 +202,7 @@ def test_a_section_takes_settings_only(wrong):
 
 @pytest.mark.parametrize("path", REAL)
 def test_a_real_number_takes_a_whole_one(path):
-    whole = 0 if path in reader.FRACTIONS else 1
+    whole = 0 if path in checks.FRACTIONS else 1
     value = value_at(from_config_dict(nested({path: whole})), path)
     assert value == whole
     assert type(value) is float
@@ -210,7 +210,7 @@ def test_a_real_number_takes_a_whole_one(path):
 
 @pytest.mark.parametrize("path", WHOLE)
 def test_whole_numbers_have_their_smallest_value(path):
-    smallest = 0 if path in reader.MAY_BE_ZERO else 1
+    smallest = 0 if path in checks.MAY_BE_ZERO else 1
     assert refusal({path: smallest - 1}) == (
         f"{path} = {smallest - 1}: must be at least {smallest}"
     )
@@ -226,13 +226,13 @@ def test_real_numbers_are_finite_and_not_negative(path, wrong):
     assert refusal({path: wrong}).startswith(f"{path} = {wrong}: must ")
 
 
-@pytest.mark.parametrize("path", sorted(reader.FRACTIONS))
+@pytest.mark.parametrize("path", sorted(checks.FRACTIONS))
 @pytest.mark.parametrize("wrong", [1, 1.0, 1.5])
 def test_fractions_stay_below_one(path, wrong):
     assert refusal({path: wrong}) == f"{path} = {float(wrong)}: must lie in [0, 1)"
 
 
-@pytest.mark.parametrize("path", sorted(reader.POSITIVE))
+@pytest.mark.parametrize("path", sorted(checks.POSITIVE))
 @pytest.mark.parametrize("wrong", [0, 0.0])
 def test_positive_numbers_are_not_zero(path, wrong):
     assert refusal({path: wrong}) == f"{path} = 0.0: must be greater than 0"
@@ -248,11 +248,11 @@ def test_a_cosine_needs_a_learning_rate_to_fall_from():
     refusal({"local_update.learning_rate": 0.0, "local_update.final_learning_rate": 0.001})
 
 
-@pytest.mark.parametrize("path", sorted(reader.CHOICES))
+@pytest.mark.parametrize("path", sorted(checks.CHOICES))
 def test_a_choice_takes_its_words_and_names_the_nearest_to_others(path):
-    for word in reader.CHOICES[path]:
+    for word in checks.CHOICES[path]:
         assert value_at(from_config_dict(nested({path: word})), path) == word
-    word = reader.CHOICES[path][0]
+    word = checks.CHOICES[path][0]
     assert f"did you mean '{word}'" in refusal({path: word[:-1] + word[-1] * 2})
 
 
@@ -286,13 +286,13 @@ def test_distillation_needs_a_loss():
                            ("POSITIVE", float)],
 )  # fmt: skip
 def test_the_lists_of_checks_name_settings_that_exist(registry, kind):
-    names = set(getattr(reader, registry))
+    names = set(getattr(checks, registry))
     assert names <= set(of_type(kind))
     assert names
 
 
 def test_every_default_is_among_the_choices():
-    for path, words in reader.CHOICES.items():
+    for path, words in checks.CHOICES.items():
         assert SETTINGS[path][1] in words
 
 
@@ -376,7 +376,7 @@ def _aliases(scope, sections):
     return aliases
 
 
-DEFINERS = [PACKAGE / "config.py", PACKAGE / "settings.py"]
+DEFINERS = [PACKAGE / f"{name}.py" for name in ("config", "settings", "checks")]
 SOURCES = [path.read_text() for path in PACKAGE.rglob("*.py") if path not in DEFINERS]
 
 

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from experiments import small_sets
-from mosaic_jax import parallel
+from mosaic_jax import checks, parallel
 from mosaic_jax import settings as reader
 from mosaic_jax.config import Config
 from mosaic_jax.data import cifar, forms, idx, load, own, partition, pictures, svhn
@@ -181,18 +182,18 @@ def test_leaving_out_equal_experts_changes_no_logit(counts, seed):
 
 # --- settings ----------------------------------------------------------------------------------
 
-LEAVES = reader.flat(dataclasses.asdict(Config()))
+LEAVES = flatten_dict(dataclasses.asdict(Config()), sep=".")
 
 
 def others(name, value):
     """Values of the same type that alone are allowed."""
-    if name in reader.CHOICES:
-        return st.sampled_from(reader.CHOICES[name])
+    if name in checks.CHOICES:
+        return st.sampled_from(checks.CHOICES[name])
     if isinstance(value, bool):
         return st.booleans()
     if isinstance(value, int) and not name.endswith(("steps", "clients_per_round")):
         return st.integers(1, 10**6)
-    if isinstance(value, float) and name in reader.FRACTIONS:
+    if isinstance(value, float) and name in checks.FRACTIONS:
         return st.floats(0, 0.99)
     if isinstance(value, float):
         return st.floats(1e-6, 1e6)

@@ -13,8 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mosaic_jax.checks import unknown
 from mosaic_jax.data import published, sources
-from mosaic_jax.settings import unknown
 from mosaic_jax.types import Dataset, UserError
 
 COLUMNS = 20

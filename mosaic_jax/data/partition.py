@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mosaic_jax import rng
-from mosaic_jax.settings import unknown
+from mosaic_jax.checks import unknown
 from mosaic_jax.types import UserError
 
 KINDS = ("dirichlet", "dirichlet_balanced", "iid")

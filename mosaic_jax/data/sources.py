@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from mosaic_jax import rng
+from mosaic_jax.checks import unknown
 from mosaic_jax.data import made, own, published
 from mosaic_jax.data.splits import Request
-from mosaic_jax.settings import unknown
 from mosaic_jax.types import Dataset, UserError
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+from mosaic_jax.checks import unknown
 from mosaic_jax.methods import (
     dense,
     dfrd,
@@ -16,7 +17,6 @@ from mosaic_jax.methods import (
     heterofl,
     mosaic,
 )
-from mosaic_jax.settings import unknown
 from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import UserError

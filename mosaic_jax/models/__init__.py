@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mosaic_jax.checks import unknown
 from mosaic_jax.models.cnn import CNN
 from mosaic_jax.models.generator import (
     ConditionalGenerator,
@@ -19,7 +20,6 @@ from mosaic_jax.models.generator import (
 from mosaic_jax.models.layers import head_logits
 from mosaic_jax.models.meta import MetaModel
 from mosaic_jax.models.resnet import ResNet
-from mosaic_jax.settings import unknown
 from mosaic_jax.types import Array, Outputs, PyTree, UserError
 
 __all__ = [
