@@ -133,3 +133,21 @@ def test_the_method_table_shows_what_has_ended(tmp_path, monkeypatch):
     latex = (tmp_path / "table.tex").read_text()
     assert r"fedavg & 55.0 $\pm$ 7.1 & - & - & - \\" in latex
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
+
+
+def test_a_method_has_one_colour_where_others_have_no_cells(tmp_path):
+    arguments = table_arguments(tmp_path, methods=["fedavg", "fedrolex", "fedgen"])
+    scores = {
+        (method, level, budget, 0): 50.0
+        for method in arguments.methods
+        for level in arguments.levels
+        for budget in arguments.budgets
+        if (method, budget) != ("fedrolex", "whole")
+    }
+    lines = [
+        (line.get_label(), line.get_color())
+        for axis in method_table.figure(arguments, scores).axes
+        for line in axis.get_lines()
+    ]
+    assert len(lines) == 5
+    assert len(set(lines)) == 3
