@@ -2,6 +2,7 @@
 
     python -m experiments.ablation --seeds 0 1 2 --root runs/ablation
     python -m experiments.ablation --levels narrow --variants "experts average parameters"
+    python -m experiments.ablation --config fashion_mnist --set local_update.rounds=12
 
 Every variant of the config shares what comes before its change with the unchanged run, and
 nothing else. The table gives test accuracies in percent, mean and sample standard deviation over

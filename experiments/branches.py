@@ -142,6 +142,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def _get_config(name: str) -> Callable[[str], ConfigDict]:
     try:
         found: Callable[[str], ConfigDict] = importlib.import_module(f"configs.{name}").get_config
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != f"configs.{name}":  # the file is there, a package it needs is not
+            raise
         raise argparse.ArgumentTypeError(f"there is no configs/{name}.py") from None
     return found

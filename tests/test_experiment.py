@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mosaic_jax import experiment, methods, workdir
+from mosaic_jax.config import Config
 from mosaic_jax.stages import local_update
 from mosaic_jax.stages.cohort import cohort_of, size_weights
 from mosaic_jax.stages.federation import Federation
@@ -342,7 +343,7 @@ def test_nothing_comes_from_the_host_inside_a_block_unasked(make_federation):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])
-def test_a_damaged_config_of_a_run_is_one_line(make_federation, tmp_path, text):
+def test_a_damaged_config_of_a_run_is_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="is not a config"):
-        workdir.claim(tmp_path, make_federation(**TINY).config)
+        workdir.claim(tmp_path, Config())
