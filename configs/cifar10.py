@@ -6,23 +6,15 @@ Random crops and mirroring. For an accelerator: 3,110 local steps of 64 images a
 generator steps a client, 1,500 distillation steps of 320 images; no time of the full form is
 measured. No accuracy of Mosaic on this protocol is published; FedVLS (AAAI 2025, ResNet-18, 100
 rounds of ten epochs, best round) has FedAvg at 73.8 and FedProx at 74.7 with alpha 0.1.
-
-Options: `:mild`, `:moderate` (default), `:severe`, `:narrow`, `:small`; they combine, as in
-`:severe,small`.
 """
 
-from ml_collections import ConfigDict
+from mosaic_jax.configs import common
 
-from mosaic_jax import settings
-
-SETTINGS = settings.FULL | {
+SETTINGS = common.FULL | {
     "data.name": "cifar10",
     "data.crop_padding": 4,
     "data.flip": True,
     "local_update.rounds": 300,
 }
 
-
-def get_config(options: str = "") -> ConfigDict:
-    """Settings; see `mosaic_jax.settings.make` for the options."""
-    return settings.make(options, SETTINGS, settings.SMALL)
+get_config = common.with_options(SETTINGS)

@@ -7,16 +7,11 @@ Random crops and mirroring; twenty local steps a round, as in the reference. For
 of 320 images; no time of the full form is measured. No accuracy of Mosaic on this protocol is
 published; FedVLS (AAAI 2025, MobileNetV2, 100 rounds of ten epochs, best round) has FedAvg at 66.2
 and FedProx at 66.6 with alpha 0.1.
-
-Options: `:mild`, `:moderate` (default), `:severe`, `:narrow`, `:small`; they combine, as in
-`:severe,small`.
 """
 
-from ml_collections import ConfigDict
+from mosaic_jax.configs import common
 
-from mosaic_jax import settings
-
-SETTINGS = settings.FULL | {
+SETTINGS = common.FULL | {
     "data.name": "cifar100",
     "data.crop_padding": 4,
     "data.flip": True,
@@ -25,7 +20,4 @@ SETTINGS = settings.FULL | {
     "meta_model.learning_rate": 3e-4,
 }
 
-
-def get_config(options: str = "") -> ConfigDict:
-    """Settings; see `mosaic_jax.settings.make` for the options."""
-    return settings.make(options, SETTINGS, settings.SMALL)
+get_config = common.with_options(SETTINGS)

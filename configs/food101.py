@@ -5,16 +5,11 @@
 No augmentation, as in the reference; `--config.data.image_size=64` is offered. For an accelerator:
 20,210 local steps of 64 images a client, 2,000 generator steps a client, 1,500 distillation steps
 of 320 images; no time of the full form is measured, and no accuracy on this protocol is published.
-
-Options: `:mild`, `:moderate` (default), `:severe`, `:narrow`, `:small`; they combine, as in
-`:severe,small`.
 """
 
-from ml_collections import ConfigDict
+from mosaic_jax.configs import common
 
-from mosaic_jax import settings
-
-SETTINGS = settings.FULL | {
+SETTINGS = common.FULL | {
     "data.name": "food101",
     "local_update.rounds": 1000,
     "local_update.steps": 20,
@@ -22,7 +17,4 @@ SETTINGS = settings.FULL | {
     "meta_model.heads": 10,  # as many as classes take memory
 }
 
-
-def get_config(options: str = "") -> ConfigDict:
-    """Settings; see `mosaic_jax.settings.make` for the options."""
-    return settings.make(options, SETTINGS, settings.SMALL)
+get_config = common.with_options(SETTINGS)

@@ -6,21 +6,13 @@ No augmentation, as in the reference. For an accelerator: 1,110 local steps of 6
 2,000 generator steps a client, 1,500 distillation steps of 320 images; no time of the full form is
 measured. No accuracy of Mosaic on this protocol is published; FedVLS (AAAI 2025, an MLP, 100 rounds
 of ten epochs, best round) has FedAvg at 96.7 and FedProx at 96.4 with alpha 0.1.
-
-Options: `:mild`, `:moderate` (default), `:severe`, `:narrow`, `:small`; they combine, as in
-`:severe,small`.
 """
 
-from ml_collections import ConfigDict
+from mosaic_jax.configs import common
 
-from mosaic_jax import settings
-
-SETTINGS = settings.FULL | {
+SETTINGS = common.FULL | {
     "data.name": "mnist",
     "local_update.rounds": 100,
 }
 
-
-def get_config(options: str = "") -> ConfigDict:
-    """Settings; see `mosaic_jax.settings.make` for the options."""
-    return settings.make(options, SETTINGS, settings.SMALL)
+get_config = common.with_options(SETTINGS)

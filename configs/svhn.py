@@ -7,22 +7,14 @@ accelerator: 3,110 local steps of 64 images a client, 2,000 generator steps a cl
 distillation steps of 320 images; no time of the full form is measured. No accuracy of Mosaic on
 this protocol is published; the DENSE paper (five clients, one round) has FedAvg at 31.7 and DENSE
 at 55.3 with alpha 0.1.
-
-Options: `:mild`, `:moderate` (default), `:severe`, `:narrow`, `:small`; they combine, as in
-`:severe,small`.
 """
 
-from ml_collections import ConfigDict
+from mosaic_jax.configs import common
 
-from mosaic_jax import settings
-
-SETTINGS = settings.FULL | {
+SETTINGS = common.FULL | {
     "data.name": "svhn",
     "data.crop_padding": 4,
     "local_update.rounds": 300,
 }
 
-
-def get_config(options: str = "") -> ConfigDict:
-    """Settings; see `mosaic_jax.settings.make` for the options."""
-    return settings.make(options, SETTINGS, settings.SMALL)
+get_config = common.with_options(SETTINGS)

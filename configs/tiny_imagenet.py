@@ -8,16 +8,11 @@ steps of 64 images a client, 2,000 generator steps a client, 1,500 distillation 
 no time of the full form is measured. No accuracy of Mosaic on this protocol is published; FedVLS
 (AAAI 2025, MobileNetV2, 50 rounds of ten epochs, best round) has FedAvg at 39.9 and FedProx at 40.3
 with alpha 0.1.
-
-Options: `:mild`, `:moderate` (default), `:severe`, `:narrow`, `:small`; they combine, as in
-`:severe,small`.
 """
 
-from ml_collections import ConfigDict
+from mosaic_jax.configs import common
 
-from mosaic_jax import settings
-
-SETTINGS = settings.FULL | {
+SETTINGS = common.FULL | {
     "data.name": "tiny_imagenet",
     "data.crop_padding": 4,
     "data.flip": True,
@@ -27,7 +22,4 @@ SETTINGS = settings.FULL | {
     "meta_model.heads": 20,  # as many as classes take memory
 }
 
-
-def get_config(options: str = "") -> ConfigDict:
-    """Settings; see `mosaic_jax.settings.make` for the options."""
-    return settings.make(options, SETTINGS, settings.SMALL)
+get_config = common.with_options(SETTINGS)

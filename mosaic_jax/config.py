@@ -1,11 +1,40 @@
-"""The one definition of every setting: frozen dataclasses with defaults and units.
+"""The one definition of every setting: frozen dataclasses with defaults, units and ranges.
 
 The defaults are the paper's CIFAR-10 settings where it states them, else the reference
 implementation's, but for those of the generators, chosen by measurement (docs/decisions.md).
-`settings.py` reads and checks what users write.
+`settings.py` reads what users write and checks it against the types here: a plain `int` is at least
+1, a plain `float` is finite and at least 0, other ranges are named below.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, ClassVar, Literal
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a setting may have.
+
+    Attributes:
+      words: the end of the error message that refuses another value.
+      holds: whether a value is in the range.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+MAY_BE_ZERO = Range("must be at least 0", lambda value: value >= 0)
+
+Count = Annotated[int, MAY_BE_ZERO]
+Fraction = Annotated[float, Range("must lie in [0, 1)", lambda value: 0 <= value < 1)]
+Positive = Annotated[float, Range("must be greater than 0", lambda value: value > 0)]
+Shares = Annotated[
+    tuple[float, ...],
+    Range("every entry must lie in (0, 1]", lambda shares: all(0 < share <= 1 for share in shares)),
+]
+BatchNorm = Literal["frozen", "train"]
+DType = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -17,8 +46,8 @@ class Data:
     image_size: int | None = None  # pixels; None: the data set's own choice
     train_images: int | None = None  # seeded subset; None: all
     test_images: int | None = None
-    validation_fraction: float = 0.0  # of each client's images, held out for choosing settings
-    crop_padding: int = 0  # pixels of padding before the random crop; 0: no crop
+    validation_fraction: Fraction = 0.0  # of each client's images, held out for choosing settings
+    crop_padding: Count = 0  # pixels of padding before the random crop; 0: no crop
     flip: bool = False  # random horizontal flip
 
 
@@ -26,11 +55,11 @@ class Data:
 class Partition:
     """How the training images are split over the clients (labels only are looked at)."""
 
-    kind: str = "dirichlet"  # dirichlet | dirichlet_balanced | iid
+    kind: Literal["dirichlet", "dirichlet_balanced", "iid"] = "dirichlet"
     clients: int = 10
-    alpha: float = 0.1  # Dirichlet concentration: smaller is more heterogeneous
+    alpha: Positive = 0.1  # Dirichlet concentration: smaller is more heterogeneous
     minimum: int = 10  # images every client of "dirichlet" must end with
-    seed: int | None = None  # None: follows the run's seed
+    seed: Annotated[int | None, MAY_BE_ZERO] = None  # None: follows the run's seed
 
 
 @dataclass(frozen=True)
@@ -39,31 +68,31 @@ class Model:
 
     name: str = "resnet18"  # resnet8 | resnet18 | resnet34 | resnet50 | cnn
     width: int = 64  # channels of the first stage
-    conv: str = "auto"  # auto | native | gradients
-    dtype: str = "auto"  # float32 | bfloat16: arithmetic; auto: bfloat16 on GPU and TPU
+    conv: Literal["auto", "native", "gradients"] = "auto"
+    dtype: DType = "auto"  # of the arithmetic; auto: bfloat16 on GPU and TPU
 
 
 @dataclass(frozen=True)
 class Submodel:
     """Which share R_i of every hidden layer's channels client i = 1..N holds."""
 
-    rho: int = 0  # R_i = (1/2)^min(sigma, floor(rho i / N)); 0: all hold the whole model
-    sigma: int = 4
-    capacities: tuple[float, ...] = ()  # R_i of each client, in place of rho and sigma
-    scheme: str = "rolling"  # static | rolling | random: the channels it is
+    rho: Count = 0  # R_i = (1/2)^min(sigma, floor(rho i / N)); 0: all hold the whole model
+    sigma: Count = 4
+    capacities: Shares = ()  # R_i of each client, in place of rho and sigma
+    scheme: Literal["static", "rolling", "random"] = "rolling"  # which channels they are
 
 
 @dataclass(frozen=True)
 class LocalUpdate:
     """Rounds of local training and averaging (FedAvg)."""
 
-    rounds: int = 300
-    clients_per_round: int = 0  # seeded draw of those who take part in a round; 0: all
+    rounds: Count = 300
+    clients_per_round: Count = 0  # seeded draw of those who take part in a round; 0: all
     steps: int = 10  # SGD steps a client makes in a round
     batch_size: int = 64
     learning_rate: float = 0.01
     final_learning_rate: float | None = None  # reached by a cosine over the rounds; None: constant
-    momentum: float = 0.0
+    momentum: Fraction = 0.0
     leave_out_diverged: bool = False  # a client whose round ends in NaN sends nothing, else: stop
     weight_decay: float = 1e-4  # L2, on all parameters
 
@@ -98,7 +127,7 @@ class ServerDistillation:
     generator_learning_rate: float = 2e-4  # Adam, betas 0.5 and 0.999
     learning_rate: float = 0.01  # SGD, of the global model
     weight_decay: float = 1e-4
-    temperature: float = 10.0
+    temperature: Positive = 10.0
     adversarial_weight: float = 1.0  # of the disagreement the generator looks for
     diversity_weight: float = 1.0  # of the mode-seeking term of FedFTG and DFRD
 
@@ -109,31 +138,32 @@ class ModelAggregation:
 
     steps: int = 10  # local steps of that round
     learning_rate: float = 0.01
-    expert_mode: str = "auto"  # parameters | logits: what class-wise weights average; auto: by need
+    # what class-wise weights average; auto: by need
+    expert_mode: Literal["auto", "parameters", "logits"] = "auto"
 
 
 @dataclass(frozen=True)
 class GeneratorOptimization:
     """Each client's generator and its adversary."""
 
-    steps: int = 2000  # one adversary and one generator step each
+    steps: Count = 2000  # one adversary and one generator step each
     block_steps: int = 100  # steps in one compiled call
     batch_size: int = 64
     latent: int = 100  # dimension of z
     width: int = 64  # channels of the generator's last hidden map
-    adversary: str = "dcgan"  # dcgan | local (the local model with a real/fake head)
+    adversary: Literal["dcgan", "local"] = "dcgan"  # local: the local model with a real/fake head
     adversary_width: int = 64  # channels of the DCGAN discriminator's first map
     learning_rate: float = 2e-3  # of the generator; both fall to 0 along a cosine
     adversary_learning_rate: float = 1e-3
-    beta1: float = 0.5
-    beta2: float = 0.99
-    ema: float = 0.99  # of the uploaded generator's weights
+    beta1: Fraction = 0.5
+    beta2: Fraction = 0.99
+    ema: Fraction = 0.99  # of the uploaded generator's weights
     entropy_weight: float = 0.0
     diversity_weight: float = 1.0
     inversion_weight: float = 0.01
-    inversion_threshold: int = 0  # tau: clients with fewer images use the inversion loss
+    inversion_threshold: Count = 0  # tau: clients with fewer images use the inversion loss
     frozen_every: int = 1  # steps between gradients of the three losses above, scaled up by it
-    shift: int = 3  # pixels; the same random shift and brightness on real and fake batches
+    shift: Count = 3  # pixels; the same random shift and brightness on real and fake batches
     brightness: float = 0.2
 
 
@@ -144,7 +174,7 @@ class Prototypes:
     per_class: int = 10  # k
     images_per_class: int = 64  # images of a class a client computes features of
     iterations: int = 20  # of k-means
-    features: str = "experts"  # experts | global: whose features the experts' heads are given
+    features: Literal["experts", "global"] = "experts"  # whose features experts' heads get
 
 
 @dataclass(frozen=True)
@@ -154,10 +184,10 @@ class MetaModel:
     steps: int = 150
     batch_size: int = 128
     learning_rate: float = 1e-3
-    ema: float = 0.99
-    dropout: float = 0.2
+    ema: Fraction = 0.99
+    dropout: Fraction = 0.2
     width_per_class: int = 10  # the model's width is this times the number of classes
-    heads: int = 0  # of attention; 0: as many as classes
+    heads: Count = 0  # of attention; 0: as many as classes
     feedforward: int = 2048
     expert_embedding: bool = True  # False: the reference's permutation-blind form
 
@@ -166,38 +196,40 @@ class MetaModel:
 class KnowledgeDistillation:
     """The student learns from the teacher on the ensemble of generators."""
 
-    steps: int = 1500
+    steps: Count = 1500
     block_steps: int = 50  # steps in one compiled call
     images_per_generator: int = 32  # on average; shared out by the clients' numbers of images
-    generators_per_step: int = 0  # seeded draw, a divisor of the clients; 0: all, at most 256
-    images: str = "generated"  # generated | averaged (one generator of the clients' mean weights) |
-    # real (an oracle that no federation could run)
-    teacher: str = "meta"  # meta (the mixture of experts) | own (each class by its own expert) |
-    # uniform (the mean of the experts)
+    generators_per_step: Count = 0  # seeded draw, a divisor of the clients; 0: all, at most 256
+    # averaged: of one generator, the clients' mean weights; real: an oracle no federation could run
+    images: Literal["generated", "averaged", "real"] = "generated"
+    # meta: the mixture of experts; own: each class by its own expert; uniform: the experts' mean
+    teacher: Literal["meta", "own", "uniform"] = "meta"
     class_prior: bool = False  # teacher's answers times the class shares of the generator's client
     learning_rate: float = 1e-4  # Adam; falls to 0 along a cosine
     kl_weight: float = 0.8
     ce_weight: float = 0.2
     js_weight: float = 1.0
-    temperature: float = 1.0
-    batch_norm: str = "frozen"  # frozen | train: statistics the student normalises with
+    temperature: Positive = 1.0
+    batch_norm: BatchNorm = "frozen"  # statistics the student normalises with
 
 
 @dataclass(frozen=True)
 class FineTuning:
     """Rounds of local training that follow the distillation."""
 
-    rounds: int = 40
+    rounds: Count = 40
     learning_rate: float = 1e-4
-    batch_norm: str = "train"  # frozen | train: statistics the clients normalise with
+    batch_norm: BatchNorm = "train"  # statistics the clients normalise with
 
 
 @dataclass(frozen=True)
 class Parallel:
     """How clients are laid out; changes speed and float rounding, never the method."""
 
-    lanes: int = 0  # clients vmapped at a time on a device; 0: 1 on CPU, else all of a device's
-    devices: int = 0  # devices used; 0: all
+    changes_results: ClassVar[bool] = False
+
+    lanes: Count = 0  # clients vmapped at a time on a device; 0: 1 on CPU, else all of a device's
+    devices: Count = 0  # devices used; 0: all
     memory_gib: float = 0.0  # of clients' models and generators at a time; 0: all of them
     debug: bool = False  # plain Python loop over clients, the truth all modes are tested against
 
@@ -205,6 +237,8 @@ class Parallel:
 @dataclass(frozen=True)
 class Run:
     """What is written, and when."""
+
+    changes_results: ClassVar[bool] = False
 
     evaluate_every: int = 10  # blocks of a stage between evaluations; always at a stage's end
     checkpoint_every: int = 10  # blocks of a stage between checkpoints; always at a stage's end
@@ -214,7 +248,7 @@ class Run:
 class Config:
     """All settings of a run."""
 
-    seed: int = 0
+    seed: Count = 0
     method: str = "mosaic"  # a name in `methods.METHODS`
     data: Data = field(default_factory=Data)
     partition: Partition = field(default_factory=Partition)
@@ -233,6 +267,22 @@ class Config:
     fine_tuning: FineTuning = field(default_factory=FineTuning)
     parallel: Parallel = field(default_factory=Parallel)
     run: Run = field(default_factory=Run)
+
+
+_SECTIONS = {each.name: each.default_factory for each in fields(Config)}
+
+
+def changes_results(name: str) -> bool:
+    """Return whether a setting changes what a run computes, beyond float rounding.
+
+    Its section says so, in `changes_results`. A run may be resumed with other values of those that
+    do not. An unknown setting counts as one that does.
+
+    Args:
+      name: of the setting, dotted.
+    """
+    section = _SECTIONS.get(name.partition(".")[0])
+    return getattr(section, "changes_results", True)
 
 
 def needs_generators(config: Config) -> bool:

@@ -1,10 +1,9 @@
-"""Command line: `python -m mosaic_jax.main --config=configs/digits.py --workdir=runs/digits`.
+"""Command line: `python -m mosaic_jax.main --config=digits --workdir=runs/digits`.
 
 Parses flags, sets up devices and the compilation cache, says what will run, runs it with a progress
 bar, and ends with the result table and figures. Everything it calls can be imported and called.
 """
 
-import dataclasses
 import os
 import shlex
 import signal
@@ -22,73 +21,82 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mosaic_jax import command_line, experiment, hosts, methods, plan, report, start, trackers
-from mosaic_jax.stages.federation import Federation
+from mosaic_jax import flags, methods, parallel, plan, report
+from mosaic_jax.config import Config
+from mosaic_jax.federation import Federation, load_federation
+from mosaic_jax.parallel import hosts
+from mosaic_jax.run import experiment, trackers
 from mosaic_jax.stages.stage import Stage
-from mosaic_jax.types import UserError
+from mosaic_jax.types import FAILED, INTERRUPTED, TERMINATED, USER_ERROR, UserError
 
 
 def main(argv: list[str]) -> int:
-    """Run what the flags ask for; returns the exit status."""
-    if argv[1:] in (["--help"], ["--config"]):
-        Console().print(*command_line.tables(argv[1]))
-        return 0
+    """Run what the flags ask for; return the exit status."""
     try:
-        config = command_line.read(argv)
-        start.set_up_jax(config.partition.clients)
-        _join_hosts()
-        console = Console(quiet=not hosts.is_first())
-        workdir = Path(command_line.WORKDIR.value or f"runs/{config.data.name}")
-        hosts.check_agreement("settings", lambda: f"{config}")
-        federation = start.prepare(config)
-        if command_line.PLAN.value:
-            _plan(federation, workdir, console)
+        if argv[1:] in (["--help"], ["--config"]):
+            Console().print(*flags.tables(argv[1]))
         else:
-            _run(federation, workdir, argv, console)
-        hosts.part()
-        if hosts.is_first() and not command_line.PLAN.value:
-            report.show(workdir, console)
+            _start(argv)
     except experiment.Stopped:
         print("stopped after saving; the same command resumes", file=sys.stderr)
-        return start.TERMINATED
+        return TERMINATED
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return start.USER_ERROR
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
-        return start.INTERRUPTED
+        return INTERRUPTED
     except Exception:
         if jax.process_count() == 1:
             raise
-        hosts.await_verdict()
+        hosts.wait_for_failure_report()
         traceback.print_exc()
-        return start.FAILED  # at once: an interpreter that ends of itself waits for the other hosts
+        return FAILED  # at once: an interpreter that ends of itself waits for the other hosts
     return 0
 
 
-def _plan(federation: Federation, workdir: Path, console: Console) -> None:
-    """Say what would run, and measure how long it takes, in a directory of no run."""
-    with tempfile.TemporaryDirectory() as spill:
-        federation = dataclasses.replace(federation, spill=Path(spill))
-        stages = methods.stages(federation.config.method, federation)
+def _start(argv: list[str]) -> None:
+    """Set up JAX and the hosts, then plan or run.
+
+    Raises:
+      UserError: what was asked for cannot be done.
+      experiment.Stopped: SIGTERM came, and the run has saved.
+    """
+    config = flags.read(argv)
+    parallel.set_up_jax(config.partition.clients)
+    _join_hosts()
+    console = Console(quiet=not hosts.is_primary())
+    workdir = Path(flags.WORKDIR.value or f"runs/{config.data.name}")
+    hosts.check_agreement("settings", lambda: f"{config}")
+    if flags.PLAN.value:
+        _plan(config, workdir, console)
+    else:
+        _run(config, workdir, argv, console)
+    hosts.barrier_at_exit()
+    if hosts.is_primary() and not flags.PLAN.value:
+        report.show(workdir, console)
+
+
+def _plan(config: Config, workdir: Path, console: Console) -> None:
+    """Say what would run, and measure how long it takes, without a work directory."""
+    with tempfile.TemporaryDirectory() as folder:
+        federation = load_federation(config, offload_dir=Path(folder))
+        stages = methods.stages(config.method, federation)
         console.print(plan.plan(federation, stages, workdir))
         for line in plan.measured(federation, stages):
             console.print(line, soft_wrap=True)
 
 
-def _run(federation: Federation, workdir: Path, argv: list[str], console: Console) -> None:
-    """Run, with the plan before and a progress bar."""
-
-    def announce(stages: list[Stage]) -> None:
-        console.print(plan.plan(federation, stages, workdir))
-        if hosts.is_first():
-            words = ["python", "-m", "mosaic_jax.main", *argv[1:]]
-            (workdir / "command.txt").write_text(shlex.join(words) + "\n")
-
-    names = command_line.TRACK.value if hosts.is_first() else ""
+def _run(config: Config, workdir: Path, argv: list[str], console: Console) -> None:
+    """Run in the work directory, with the plan before and a progress bar."""
+    federation = load_federation(config, offload_dir=workdir / "stacks")
+    names = flags.TRACK.value if hosts.is_primary() else ""
     tracked = trackers.Trackers(names, workdir, federation.config)
     with closing(tracked), _progress(console) as progress:
-        shown = Watcher(progress)
+        shown = ProgressDisplay(progress)
+
+        def announce(stages: list[Stage]) -> None:
+            _announce(federation, stages, workdir, argv, console)
 
         def watch(*block: Any) -> None:
             shown(*block)
@@ -97,23 +105,33 @@ def _run(federation: Federation, workdir: Path, argv: list[str], console: Consol
         experiment.run(federation, workdir, watch, _terminations(), announce)
 
 
+def _announce(
+    federation: Federation, stages: list[Stage], workdir: Path, argv: list[str], console: Console
+) -> None:
+    """Print the plan of a run that begins, and note its command in the work directory."""
+    console.print(plan.plan(federation, stages, workdir))
+    if hosts.is_primary():
+        words = ["python", "-m", "mosaic_jax.main", *argv[1:]]
+        (workdir / "command.txt").write_text(shlex.join(words) + "\n")
+
+
 def _join_hosts() -> None:
     """Meet the other hosts, if the flags say that there are any.
 
     Raises:
       UserError: flags that do not say it fully.
     """
-    given = command_line.COORDINATOR.value, command_line.HOSTS.value, command_line.HOST.value
+    given = flags.COORDINATOR.value, flags.HOSTS.value, flags.HOST.value
     if all(value is not None for value in given):
-        hosts.join(*given, command_line.HOSTS_SECONDS.value)
+        hosts.join(*given, flags.HOSTS_SECONDS.value)
     elif any(value is not None for value in given):
         raise UserError("--coordinator, --hosts and --host go together; with --distributed, none")
-    elif command_line.DISTRIBUTED.value:
-        hosts.join(None, None, None, command_line.HOSTS_SECONDS.value)
+    elif flags.DISTRIBUTED.value:
+        hosts.join(None, None, None, flags.HOSTS_SECONDS.value)
 
 
 def _terminations() -> Callable[[], bool]:
-    """From now on SIGTERM does not end the process: whether it has come is what this tells.
+    """Catch SIGTERM from now on; return a function that tells whether it has come.
 
     Schedulers send it some time before they take a machine away.
     """
@@ -122,15 +140,15 @@ def _terminations() -> Callable[[], bool]:
     return came.is_set
 
 
-class Watcher:
-    """Shows each block on a progress bar and each evaluation as a line."""
+class ProgressDisplay:
+    """A progress bar that moves with each block, and a line for each evaluation."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
         self.tasks: dict[str, Any] = {}
 
     def __call__(self, stage: Stage, done: int, seconds: float, figures: dict[str, Any]) -> None:
-        """See `experiment.Watcher`."""
+        """Show a block; see `experiment.Watcher`."""
         if stage.name not in self.tasks:
             self.tasks[stage.name] = self.progress.add_task(stage.name, total=stage.blocks, rate="")
         rate = f"{stage.client_steps / max(seconds, 1e-9):,.0f} client-steps/s"
@@ -143,6 +161,7 @@ class Watcher:
 
 
 def _progress(console: Console) -> Progress:
+    """Return the bars of a run's stages, shown on a terminal only."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""All randomness, folded in from what it is for: seed, stage, round, client, step.
+"""Random keys, folded in from their purpose: seed, stage, round, client, step.
 
 Nothing holds random state. A key depends on names and numbers alone, so a resumed run draws what
 the undisturbed one drew, and a client's stream depends neither on the other clients nor on how
@@ -13,19 +13,21 @@ import numpy as np
 from mosaic_jax.types import Array
 
 
-def key(seed: int, stage: str, round: int = 0, client: int = 0) -> Array:
-    """Key of one stage, round and client; `stage` is any name, hashed by CRC-32."""
+def key(seed: int, stage: str, round_index: int = 0, client: int = 0) -> Array:
+    """Return the key of one stage, round and client; `stage` is any name, hashed by CRC-32."""
     stage_key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
-    return fold(stage_key, round, client)
+    return fold(stage_key, round_index, client)
 
 
-def fold(key: Array, *numbers: int | Array) -> Array:
+def fold(key: Array, *integers: int | Array) -> Array:
     """Fold non-negative integers into a key, one after the other."""
-    for number in numbers:
-        key = jax.random.fold_in(key, number)
+    for integer in integers:
+        key = jax.random.fold_in(key, integer)
     return key
 
 
-def numpy_generator(seed: int, stage: str, round: int = 0, client: int = 0) -> np.random.Generator:
-    """NumPy twin of `key`, for what happens to the data on the host."""
-    return np.random.default_rng([seed, zlib.crc32(stage.encode()), round, client])
+def numpy_generator(
+    seed: int, stage: str, round_index: int = 0, client: int = 0
+) -> np.random.Generator:
+    """Return the NumPy twin of `key`, for random choices about data on the host."""
+    return np.random.default_rng([seed, zlib.crc32(stage.encode()), round_index, client])

@@ -1,67 +1,36 @@
 """From what a user writes to a checked `Config`.
 
-Config files build an `ml_collections.ConfigDict` from the defaults with `make` and change a few
-lines; `from_config_dict` turns it back and refuses wrong names, types, values and combinations with
-one line that says what was meant.
+A config file builds an `ml_collections.ConfigDict` from the defaults with `make` and changes a few
+lines; `get_config` finds and loads it. `from_config_dict` turns it back and refuses wrong names,
+types, values and combinations with one line that says what was meant.
 """
 
 import dataclasses
+import runpy
 import types as builtin_types
 from collections.abc import Mapping
-from typing import Any, get_args, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from mosaic_jax.checks import check, unknown
-from mosaic_jax.config import Config
-from mosaic_jax.types import UserError
+from mosaic_jax.config import Config, Range, needs_generators
+from mosaic_jax.types import UserError, unknown_name
 
 HETEROGENEITY = {"mild": 1.0, "moderate": 0.1, "severe": 0.01}
 """Named levels of label heterogeneity: the Dirichlet concentration alpha."""
 
 OPTIONS = ("small", "narrow", *HETEROGENEITY)
-"""Words that may follow a config file's name."""
+"""Words that may follow a config's name."""
 
-FULL = {
-    "local_update.learning_rate": 0.05,
-    "local_update.final_learning_rate": 0.005,
-    "knowledge_distillation.class_prior": True,
-    "knowledge_distillation.learning_rate": 1e-3,
-    "knowledge_distillation.batch_norm": "train",
-    "fine_tuning.rounds": 10,
-    "fine_tuning.batch_norm": "frozen",
-}
-"""What the full forms of the published sets for accelerators have in common."""
+CONFIGS = Path(__file__).parent / "configs"
+"""The packaged configs; in a clone of the repository a link to its `configs/`."""
 
-SMALL = {
-    "data.train_images": 1000,
-    "data.test_images": 200,
-    "partition.clients": 5,
-    "model.name": "cnn",
-    "model.width": 8,
-    "local_update.rounds": 4,
-    "local_update.learning_rate": 0.1,
-    "model_aggregation.learning_rate": 0.1,
-    "generator_optimization.steps": 40,
-    "generator_optimization.block_steps": 20,
-    "generator_optimization.batch_size": 16,
-    "generator_optimization.width": 8,
-    "generator_optimization.adversary_width": 8,
-    "prototypes.per_class": 4,
-    "meta_model.steps": 10,
-    "meta_model.batch_size": 8,
-    "meta_model.width_per_class": 2,
-    "meta_model.heads": 1,
-    "meta_model.feedforward": 64,
-    "knowledge_distillation.steps": 8,
-    "knowledge_distillation.block_steps": 4,
-    "knowledge_distillation.images_per_generator": 4,
-    "knowledge_distillation.learning_rate": 3e-3,
-    "fine_tuning.rounds": 1,
-}
-"""The `small` form of the published sets: whether everything runs, not how well."""
+WHOLE = Range("must be at least 1", lambda value: value >= 1)
+REAL = Range("must be a finite number, at least 0", lambda value: 0 <= value < float("inf"))
+"""What holds for numbers of which `config.py` says nothing else, and for all real numbers."""
 
 
 def make(
@@ -70,7 +39,7 @@ def make(
     small: Mapping[str, Any],
     narrow: Mapping[str, Any] | None = None,
 ) -> ConfigDict:
-    """A config file's settings: the defaults with `changes`, and what its `:options` ask for.
+    """Return a config file's settings: the defaults with `changes` and what its `:options` ask for.
 
     Args:
       options: comma-separated words behind the file's name: a level of `HETEROGENEITY`; `narrow`
@@ -88,7 +57,7 @@ def make(
     words = [word for word in options.split(",") if word]
     for word in words:
         if word not in OPTIONS:
-            raise UserError(unknown("option", word, list(OPTIONS)))
+            raise UserError(unknown_name("option", word, OPTIONS))
         config.partition.alpha = HETEROGENEITY.get(word, config.partition.alpha)
     if "small" in words:
         config.update_from_flattened_dict(dict(small))
@@ -113,7 +82,7 @@ def _narrow(config: ConfigDict) -> None:
 
 
 def _with_placeholders(node: Any) -> dict[str, Any]:
-    """Defaults as nested dicts; what is None says its type, so that it can be overridden."""
+    """Return defaults as nested dicts; None becomes its type, so that it can be overridden."""
     hints = get_type_hints(type(node))
 
     def entry(name: str, value: Any) -> Any:
@@ -121,42 +90,107 @@ def _with_placeholders(node: Any) -> dict[str, Any]:
             return _with_placeholders(value)
         return placeholder(get_args(hints[name])[0]) if value is None else value
 
-    return {name: entry(name, getattr(node, name)) for name in hints}
+    return {
+        each.name: entry(each.name, getattr(node, each.name)) for each in dataclasses.fields(node)
+    }
+
+
+def config_files() -> dict[str, Path]:
+    """Return the file of every packaged config by its name."""
+    return {path.stem: path for path in sorted(CONFIGS.glob("*.py")) if path.stem != "common"}
+
+
+def find_config(name: str) -> Path:
+    """Return the file of a config.
+
+    Args:
+      name: a path, or the name of a packaged config: `digits`, or `configs/digits.py` where the
+        working directory has no such file.
+
+    Raises:
+      UserError: there is none; names the nearest.
+    """
+    packaged = config_files()
+    paths = {f"configs/{stem}.py": path for stem, path in packaged.items()}
+    if (path := Path(name)).is_file():
+        return path
+    if name in packaged or name in paths:
+        return (packaged | paths)[name]
+    if path.name == name and not path.suffix:
+        raise UserError(unknown_name("config", name, packaged))
+    here = map(str, Path("configs").glob("*.py"))
+    raise UserError(unknown_name("config", name, sorted({*paths, *here})))
+
+
+def get_config(name: str, options: str = "") -> ConfigDict:
+    """Return the settings of a config, for `from_config_dict`.
+
+    Args:
+      name: as for `find_config`.
+      options: as for `make`.
+
+    Raises:
+      UserError: no such config or option; names the nearest.
+    """
+    load = runpy.run_path(str(find_config(name)))["get_config"]
+    config: ConfigDict = load(options) if options else load()
+    return config
 
 
 def names() -> list[str]:
-    """All settings, dotted."""
+    """Return the names of all settings, dotted."""
     return list(flatten_dict(dataclasses.asdict(Config()), sep="."))
 
 
 def from_config_dict(settings: Mapping[str, Any]) -> Config:
-    """Settings as checked frozen dataclasses.
+    """Return settings as checked frozen dataclasses.
 
     Raises:
       UserError: unknown name, wrong type, value out of range, or settings that contradict.
     """
     config = _build(Config, settings, "")
-    check(config)
+    _check_clients(config)
+    _check_distillation(config)
     return config
 
 
 def _build(cls: Any, settings: Mapping[str, Any], prefix: str) -> Any:
+    """Return a section of settings, or all of them, each checked alone."""
     if not isinstance(settings, Mapping):
         raise UserError(f"setting {prefix[:-1]!r} takes settings of its own, not {settings!r}")
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
+    known = [each.name for each in dataclasses.fields(cls)]
     for name in settings:
-        if name not in hints:
-            raise UserError(unknown("setting", name, list(hints), prefix))
+        if name not in known:
+            raise UserError(unknown_name("setting", name, known, prefix))
     values = {
         name: _build(hints[name], value, f"{prefix}{name}.")
         if dataclasses.is_dataclass(hints[name])
-        else _typed(prefix + name, value, hints[name])
+        else _checked(prefix + name, value, hints[name])
         for name, value in settings.items()
     }
     return cls(**values)
 
 
+def _checked(path: str, value: Any, hint: Any) -> Any:
+    """Return a value of the type that `config.py` gives a setting, if it is in its range."""
+    plain, *ranges = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    words = get_args(plain) if get_origin(plain) is Literal else ()
+    value = _typed(path, value, str if words else plain)
+    if words and value not in words:
+        raise UserError(unknown_name(path, value, words))
+    if type(value) is int:
+        ranges = ranges or [WHOLE]
+    elif type(value) is float:
+        ranges.append(REAL)
+    for allowed in ranges:
+        if value is not None and not allowed.holds(value):
+            raise UserError(f"{path} = {value}: {allowed.words}")
+    return value
+
+
 def _typed(path: str, value: Any, hint: Any) -> Any:
+    """Return the value if its type is right, a whole number as a real one where that is asked."""
     allowed = get_args(hint) if isinstance(hint, builtin_types.UnionType) else (hint,)
     if type(value) in allowed:
         return value
@@ -166,3 +200,61 @@ def _typed(path: str, value: Any, hint: Any) -> Any:
         return tuple(_typed(f"{path}[{i}]", entry, float) for i, entry in enumerate(value))
     names = " or ".join("nothing" if t is builtin_types.NoneType else t.__name__ for t in allowed)
     raise UserError(f"setting {path!r} takes {names}, not {value!r}")
+
+
+def _check_clients(config: Config) -> None:
+    """Refuse what clients hold and do if it contradicts their number or each other."""
+    local, clients, tuning = config.local_update, config.partition.clients, config.fine_tuning
+    if local.clients_per_round > clients:
+        raise UserError(
+            f"local_update.clients_per_round = {local.clients_per_round}, but there are {clients}"
+        )
+    if local.final_learning_rate is not None and not local.learning_rate:
+        raise UserError(
+            "local_update.final_learning_rate needs a local_update.learning_rate greater than 0"
+        )
+    shares = config.submodel.capacities
+    if shares and len(shares) != clients:
+        raise UserError(f"submodel.capacities has {len(shares)} entries for {clients} clients")
+    if shares and config.submodel.rho:
+        raise UserError("submodel.capacities and submodel.rho say the same thing; give one of them")
+    if not (shares or config.submodel.rho):
+        return
+    if config.generator_optimization.adversary == "local":
+        raise UserError(
+            "generator_optimization.adversary = 'local' needs clients that hold the whole model"
+        )
+    if tuning.rounds and tuning.batch_norm == "frozen":
+        raise UserError(
+            "fine_tuning.batch_norm = 'frozen' needs clients that hold the whole model; "
+            "set fine_tuning.rounds = 0, or take the config's option 'narrow'"
+        )
+
+
+def _check_distillation(config: Config) -> None:
+    """Refuse a distillation without images to learn from, room for them, or a loss."""
+    generator, distillation = config.generator_optimization, config.knowledge_distillation
+    for name, stage in (
+        ("generator_optimization", generator),
+        ("knowledge_distillation", distillation),
+    ):
+        if stage.steps % stage.block_steps:
+            raise UserError(
+                f"{name}.steps = {stage.steps} is not a multiple of "
+                f"{name}.block_steps = {stage.block_steps}"
+            )
+    if config.method == "mosaic" and needs_generators(config) and not generator.steps:
+        raise UserError(
+            f"knowledge_distillation.images = {distillation.images!r}, but "
+            "generator_optimization.steps is 0"
+        )
+    if distillation.images == "averaged" and config.parallel.memory_gib:
+        raise UserError(
+            "knowledge_distillation.images = 'averaged' needs all generators in memory; set "
+            "parallel.memory_gib = 0"
+        )
+    if not (distillation.kl_weight or distillation.ce_weight or distillation.js_weight):
+        raise UserError(
+            "knowledge_distillation: at least one of kl_weight, ce_weight and "
+            "js_weight must be greater than 0"
+        )

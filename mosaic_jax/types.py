@@ -1,16 +1,18 @@
-"""What crosses the borders between stages: arrays, their shapes, and the one user-facing error.
+"""What crosses the borders between rooms: arrays with their shapes, and the user-facing error.
 
 Images are channels-last. Stored images are `uint8`; every image a model or a generator sees is
 `float32` in [-1, 1], real and generated alike, and the classifier itself normalises with the
 statistics of its data set. So there is one value range and no place to forget a conversion.
 """
 
+import difflib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -18,6 +20,15 @@ Array = jax.Array
 PyTree = Any
 Variables = Mapping[str, PyTree]
 """Flax variables of one model: `{"params": ..., "batch_stats": ...}`."""
+
+
+USER_ERROR = 2
+"""Exit status of a run that the user can mend."""
+
+FAILED = 1
+INTERRUPTED = 130
+TERMINATED = 143
+"""Exit statuses that a shell reports of a process that the signals ended."""
 
 
 class UserError(Exception):
@@ -49,7 +60,7 @@ class Dataset:
     std: tuple[float, ...]
 
     def fingerprint(self) -> str:
-        """Of all images and labels: the same on every host."""
+        """Return a checksum of all images and labels: the same on every host."""
         crc = 0
         for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
@@ -62,9 +73,44 @@ class Dataset:
         return height, width, channels
 
 
-@struct.dataclass
-class Outputs:
-    """What every classifier returns: logits [batch, classes] and pooled features [batch, d]."""
+class Outputs(struct.PyTreeNode):
+    """Output of every classifier: logits [batch, classes] and pooled features [batch, d]."""
 
     logits: Array
     features: Array
+
+
+class TrainingImages(struct.PyTreeNode):
+    """The training images of all clients on the devices.
+
+    Images are flat because a TPU pads the last axes of an array to whole tiles: to gather single
+    images of [n, h, w, c] its compiler first copies all of them, four times as large.
+
+    Attributes:
+      images: uint8 [n, h w c].
+      labels: int32 [n].
+      shape: height, width and channels of one image.
+    """
+
+    images: Array
+    labels: Array
+    shape: tuple[int, int, int] = struct.field(pytree_node=False)
+
+    def gather(self, positions: Array) -> Array:
+        """Gather the images at positions [...]: uint8 [..., h, w, c]."""
+        return self.images[positions].reshape(*jnp.shape(positions), *self.shape)
+
+
+def unknown_name(what: str, name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return the one line that answers a mistyped name: the nearest right one, else all of them.
+
+    Args:
+      what: the kind of thing that is named, as in "setting".
+      name: the name as the user wrote it, without `prefix`.
+      known: the right names, without `prefix`.
+      prefix: shown before the mistyped name and before the nearest right one.
+    """
+    names = list(known)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix + nearest[0]!r}?" if nearest else f"known: {', '.join(names)}"
+    return f"unknown {what} {prefix + name!r}; {hint}"

@@ -1,4 +1,4 @@
-"""Data: named sources, their division among clients, and batches inside compiled steps."""
+"""Data sets by name, their partition among clients, and batches inside compiled steps."""
 
 from mosaic_jax.data.sources import load, names
 

@@ -1,8 +1,8 @@
-"""What there is of the data sets: `python -m mosaic_jax.data check|prepare|describe NAME`.
+"""Inspect and prepare data sets: `python -m mosaic_jax.data check|prepare|describe NAME`.
 
-`check` says where a set is found (all sets without a name), reading nothing. `prepare` reads it
-once, fetching it if need be, so that runs start from decoded images. `describe` draws a sheet of
-its images and its class histogram.
+`check` prints where a set is found, without reading it; without a name it lists all sets. `prepare`
+reads a set once, downloading it if necessary, so that runs start from decoded images. `describe`
+draws a sheet of its images and its class histogram.
 """
 
 import argparse
@@ -13,26 +13,25 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mosaic_jax.checks import unknown
-from mosaic_jax.data import published, sources
-from mosaic_jax.types import Dataset, UserError
+from mosaic_jax.data import catalog, sources
+from mosaic_jax.types import Dataset, UserError, unknown_name
 
 COLUMNS = 20
-"""Images a row of the sheet shows at most."""
+"""Largest number of images in a row of the sheet."""
 
 
 def main(argv: list[str]) -> int:
-    """Run one command; 2 for what the user can mend."""
+    """Run one command; return the exit code, 2 for an error that the user can correct."""
     parser = argparse.ArgumentParser(prog="python -m mosaic_jax.data", description=__doc__)
     parser.add_argument("command", choices=["check", "prepare", "describe"])
     parser.add_argument("name", nargs="?", help=", ".join(sources.names()))
-    parser.add_argument("--directory", type=Path, help="where the files lie; the only place then")
+    parser.add_argument("--directory", type=Path, help="search for the files only here")
     parser.add_argument("--size", type=int, help="height and width in pixels")
-    parser.add_argument("--out", type=Path, help="the sheet's file; NAME.png if not given")
+    parser.add_argument("--out", type=Path, help="file of the sheet; default: NAME.png")
     arguments = parser.parse_args(argv[1:])
     try:
         if arguments.name is not None and arguments.name not in sources.SOURCES:
-            raise UserError(unknown("data set", arguments.name, sources.names()))
+            raise UserError(unknown_name("data set", arguments.name, sources.names()))
         if arguments.command == "check":
             return _check(arguments)
         if arguments.name is None:
@@ -52,27 +51,27 @@ def main(argv: list[str]) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    """One line a set; 2 if the set that was asked for is not there."""
-    if arguments.name is not None and arguments.name not in published.SETS:
+    """Print one line per set; return 2 if the set that was asked for is not found."""
+    if arguments.name is not None and arguments.name not in catalog.SETS:
         if arguments.directory is not None and not arguments.directory.exists():
             raise UserError(f"{arguments.directory} does not exist")
         print(f"{arguments.name}: needs no files but what data.directory names")
         return 0
     absent = 0
-    for name in [arguments.name] if arguments.name else list(published.SETS):
-        about = published.SETS[name]
-        found = published.find(about, arguments.directory)
+    for name in [arguments.name] if arguments.name else list(catalog.SETS):
+        published = catalog.SETS[name]
+        found = catalog.find(published, arguments.directory)
         if found is None:
             absent = 2
-            line = published.missing(about, arguments.directory)
+            line = catalog.missing(published, arguments.directory)
         else:
-            line = f"{name}: {found.form}, in {found.paths[0].parent}"
+            line = f"{name}: {found.format}, in {found.paths[0].parent}"
         print(line)
     return absent if arguments.name else 0
 
 
 def _facts(dataset: Dataset) -> Table:
-    """Sizes, and how many images of each class there are."""
+    """Return a table of image counts: per class and in all, training and test."""
     table = Table(title=f"{dataset.name}, images {dataset.image_shape}")
     table.add_column("class", justify="right")
     table.add_column("training images", justify="right")
@@ -89,16 +88,20 @@ def _facts(dataset: Dataset) -> Table:
 
 
 def _draw(dataset: Dataset, path: Path) -> None:
-    """A row of training images for each of up to twenty classes, and the histogram beside it."""
+    """Draw a row of training images for each of up to twenty classes, and the class histogram.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     from matplotlib.figure import Figure
 
     classes = np.unique(np.linspace(0, dataset.num_classes - 1, 20).round().astype(int))
     size = dataset.train_images.shape[1]
     sheet = np.zeros((len(classes) * size, COLUMNS * size, dataset.train_images.shape[3]), np.uint8)
     for row, label in enumerate(classes):
-        for column, place in enumerate(np.flatnonzero(dataset.train_labels == label)[:COLUMNS]):
+        for column, index in enumerate(np.flatnonzero(dataset.train_labels == label)[:COLUMNS]):
             down, right = row * size, column * size
-            sheet[down : down + size, right : right + size] = dataset.train_images[place]
+            sheet[down : down + size, right : right + size] = dataset.train_images[index]
     drawing = Figure(figsize=(14, 1 + 0.5 * len(classes)), layout="constrained")
     images, bars = drawing.subplots(1, 2, width_ratios=[2, 1])
     images.imshow(sheet.squeeze(), cmap="gray" if sheet.shape[2] == 1 else None)

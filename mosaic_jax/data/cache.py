@@ -1,7 +1,8 @@
-"""Decoded images, shared by runs: arrays that are mapped into memory and checked by a checksum.
+"""Cache of decoded images, shared by runs.
 
-An entry is a folder that appears whole or not at all. What it was decoded from is part of its name:
-other files, another size or another form make another entry.
+Arrays are mapped into memory and checked by a checksum. An entry is a folder that appears whole or
+not at all. Its name identifies the set, the image size and the source files, so that other files or
+another size make another entry.
 """
 
 import hashlib
@@ -15,38 +16,39 @@ from pathlib import Path
 
 import numpy as np
 
-from mosaic_jax.data.splits import Splits
+from mosaic_jax.data.formats.base import Splits
 
 log = logging.getLogger(__name__)
 
-FORM = 1
-"""Of the entries; another one is not looked at."""
+SCHEMA_VERSION = 1
+"""Version of an entry's layout; entries of another version are decoded again."""
 
 
 def root() -> Path:
-    """Where this program keeps files of its own for the user, between runs."""
+    """Return the folder in which this program keeps a user's files between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mosaic_jax"
 
 
 def fingerprint(paths: list[Path]) -> str:
-    """Tells files and folders apart, by place, size and time of change, without reading them."""
+    """Hash the path, size and modification time of files and of all files in folders."""
     state = hashlib.sha256()
     for path in paths:
         inside = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]
         for file in [str(path), *sorted(inside)]:
-            status = os.stat(file)  # of every file: one overwritten in place changes no folder
+            # Every file is looked at, because overwriting one in place changes no folder.
+            status = os.stat(file)
             line = f"{os.path.abspath(file)}|{status.st_size}|{status.st_mtime_ns}\n"
             state.update(os.fsencode(line))
     return state.hexdigest()[:16]
 
 
 def cached(name: str, sources: list[Path], decode: Callable[[], Splits]) -> Splits:
-    """What `decode` returns, decoded once for the same source files.
+    """Return the entry of these source files, calling `decode` if there is none.
 
     Args:
-      name: of the entry: data set, size.
-      sources: files and folders it is decoded from.
-      decode: reads them.
+      name: of the entry: data set and image size.
+      sources: files and folders that are decoded.
+      decode: function that reads them.
     """
     entry = root() / "data" / "decoded" / f"{name}-{fingerprint(sources)}"
     found = _load(entry)
@@ -56,20 +58,21 @@ def cached(name: str, sources: list[Path], decode: Callable[[], Splits]) -> Spli
     try:
         _store(entry, splits)
     except OSError as error:
-        if not entry.is_dir():  # else another program was first
+        # If the entry exists, another program stored it first.
+        if not entry.is_dir():
             log.warning("decoded images are not kept (%s): the next start decodes again", error)
     return _load(entry) or splits
 
 
 def _load(entry: Path) -> Splits | None:
-    """An entry's arrays, or None: there is none, or it is damaged and was taken away."""
+    """Load an entry's arrays; return None if there is none, or if it is damaged and was removed."""
     if not entry.is_dir():
         return None
     try:
         about = json.loads((entry / "about.json").read_text())
         arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in Splits._fields}
         sums = {name: _checksum(array) for name, array in arrays.items()}
-        if about != {"form": FORM, "crc": sums}:
+        if about != {"form": SCHEMA_VERSION, "crc": sums}:
             raise ValueError("checksum differs")
     except (OSError, ValueError) as error:
         log.warning("decoded images in %s are damaged (%s) and decoded again", entry, error)
@@ -79,18 +82,20 @@ def _load(entry: Path) -> Splits | None:
 
 
 def _store(entry: Path, splits: Splits) -> None:
-    fresh = entry.with_name(f".{entry.name}.{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
+    """Write an entry to a hidden folder and rename it, so that it appears whole or not at all."""
+    partial = entry.with_name(f".{entry.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        fresh.mkdir(parents=True)
+        partial.mkdir(parents=True)
         for name, array in splits._asdict().items():
-            np.save(fresh / f"{name}.npy", np.ascontiguousarray(array))
+            np.save(partial / f"{name}.npy", np.ascontiguousarray(array))
         sums = {name: _checksum(array) for name, array in splits._asdict().items()}
-        (fresh / "about.json").write_text(json.dumps({"form": FORM, "crc": sums}))
-        fresh.rename(entry)
+        (partial / "about.json").write_text(json.dumps({"form": SCHEMA_VERSION, "crc": sums}))
+        partial.rename(entry)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _checksum(array: np.ndarray) -> int:
+    """Return the CRC-32 of an array's shape and values."""
     return zlib.crc32(np.ascontiguousarray(array).data, zlib.crc32(str(array.shape).encode()))

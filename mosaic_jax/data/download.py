@@ -1,4 +1,4 @@
-"""Fetches the original files of a published set, each checked against its published checksum."""
+"""Download of the original files of a published set, checked against published checksums."""
 
 import socket
 from collections.abc import Sequence
@@ -9,34 +9,38 @@ import pooch
 
 from mosaic_jax.types import UserError
 
-PATIENCE = 5
-"""Seconds to wait for an answer."""
+TIMEOUT = 5
+"""Seconds to wait for a host's answer."""
 
 Download = tuple[str, str]
-"""Address and MD5 of a file."""
+"""Address and MD5 checksum of a file."""
 
 
 def fetch(folder: Path, downloads: Sequence[Download]) -> None:
-    """Put the files into a folder; those that are there already are checked and kept.
+    """Download files into a folder; existing files are checked and kept.
+
+    No partial file is left behind.
 
     Raises:
-      UserError: no network, no such file, or another checksum; says which. Nothing half is left.
+      UserError: no network, no such file, or another checksum; says which.
     """
     for address, md5 in downloads:
         name = address.rpartition("/")[2]
         parts = urlsplit(address)
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         try:
-            if not (folder / name).exists():  # else a host that is away costs minutes
-                socket.create_connection((parts.hostname or "", port), PATIENCE).close()
+            # Without this trial connection an unreachable host costs minutes.
+            if not (folder / name).exists():
+                socket.create_connection((parts.hostname or "", port), TIMEOUT).close()
             pooch.retrieve(
                 address,
                 known_hash=f"md5:{md5}",
                 fname=name,
                 path=folder,
-                downloader=pooch.HTTPDownloader(timeout=PATIENCE),
+                downloader=pooch.HTTPDownloader(timeout=TIMEOUT),
             )
-        except (OSError, ValueError) as error:  # ValueError: the checksum
+        # Pooch raises a ValueError for a wrong checksum.
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{name} could not be fetched from {parts.hostname}: {error}"
             ) from error

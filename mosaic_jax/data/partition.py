@@ -1,8 +1,8 @@
-"""Division of a data set among clients: labels in, one list of indices per client out.
+"""Partition of a data set among clients: labels in, one list of indices per client out.
 
-Pure NumPy, on the host, once per run. The kinds are those of the Mosaic reference (arXiv
-2505.19699): label-skewed Dirichlet with free client sizes, Dirichlet with equal sizes, and IID.
-Also what is derived from a division: class counts, validation splits, local test sets.
+All is pure NumPy and runs on the host, once per run. The kinds are those of the Mosaic reference
+(arXiv 2505.19699): label-skewed Dirichlet with free client sizes, Dirichlet with equal sizes, and
+IID. Class counts, validation splits and local test sets are derived from a partition.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from mosaic_jax import rng
-from mosaic_jax.checks import unknown
-from mosaic_jax.types import UserError
+from mosaic_jax.types import UserError, unknown_name
 
 KINDS = ("dirichlet", "dirichlet_balanced", "iid")
-REFERENCE_SEED_OFFSET = 5363
-"""The reference seeds its division with its run's seed plus this; here a seed is used as it is."""
 MAX_TRIES = 10_000
+"""Largest number of draws of a partition, or of one class's proportions, before giving up."""
 
 Indices = list[np.ndarray]
 
@@ -25,6 +23,7 @@ def partition(
     kind: str,
     labels: np.ndarray,
     num_classes: int,
+    *,
     clients: int,
     alpha: float,
     seed: int,
@@ -32,23 +31,25 @@ def partition(
 ) -> Indices:
     """Divide a data set among clients.
 
+    The reference's seeds are its runs' seeds plus 5363. Here a seed is used as it is.
+
     Args:
       kind: one of `KINDS`.
       labels: int [images].
       num_classes: labels lie in [0, num_classes).
       clients: number of clients.
       alpha: concentration of the Dirichlet distribution, smaller is more skewed; unused by "iid".
-      seed: chooses the division.
-      minimum: fewest images a client may hold, for "dirichlet" only.
+      seed: chooses the partition.
+      minimum: smallest number of images of a client, for "dirichlet" only.
 
     Returns:
       For every client an int64 array of indices into `labels`, no index twice.
 
     Raises:
-      UserError: what was asked for cannot be had.
+      UserError: an argument is out of range, or no such partition was found.
     """
     if kind not in KINDS:
-        raise UserError(unknown("partition", kind, list(KINDS)))
+        raise UserError(unknown_name("partition", kind, list(KINDS)))
     if not 1 <= clients <= len(labels):
         raise UserError(f"{len(labels)} images cannot be divided among {clients} clients")
     if kind == "iid":
@@ -57,17 +58,26 @@ def partition(
         raise UserError(f"the partition's alpha must be positive and finite, not {alpha}")
     if kind == "dirichlet_balanced":
         return dirichlet_balanced(labels, num_classes, clients, alpha, seed)
-    return dirichlet_unbalanced(labels, num_classes, clients, alpha, seed, minimum)
+    return dirichlet_unbalanced(labels, num_classes, clients, alpha, seed, minimum=minimum)
 
 
 def dirichlet_unbalanced(
-    labels: np.ndarray, num_classes: int, clients: int, alpha: float, seed: int, minimum: int = 10
+    labels: np.ndarray,
+    num_classes: int,
+    clients: int,
+    alpha: float,
+    seed: int,
+    *,
+    minimum: int = 10,
 ) -> Indices:
-    """Every class spread over the clients by proportions drawn from Dirichlet(alpha).
+    """Divide every class among the clients by proportions drawn from Dirichlet(alpha).
 
-    The reference's default, reproduced draw by draw on NumPy's legacy generator: the whole
-    division is drawn anew until every client holds at least `minimum` images. Unlike there the
-    number of tries is bounded.
+    This is the reference's default, reproduced draw by draw on NumPy's legacy generator. The whole
+    partition is drawn again until every client holds at least `minimum` images. Unlike in the
+    reference, the number of tries is bounded.
+
+    Raises:
+      UserError: there are too few images, or no try gave every client its minimum.
     """
     if clients * minimum > len(labels):
         raise UserError(
@@ -76,7 +86,7 @@ def dirichlet_unbalanced(
         )
     generator = np.random.RandomState(seed)
     for _ in range(MAX_TRIES):
-        parts = _spread_classes(labels, num_classes, clients, alpha, generator)
+        parts = _divide_classes(labels, num_classes, clients, alpha, generator)
         if min(map(len, parts)) >= minimum:
             for part in parts:
                 generator.shuffle(part)
@@ -88,14 +98,17 @@ def dirichlet_unbalanced(
     )
 
 
-def _spread_classes(
+def _divide_classes(
     labels: np.ndarray,
     num_classes: int,
     clients: int,
     alpha: float,
     generator: np.random.RandomState,
 ) -> Indices:
-    """One try: class after class cut into pieces, none for clients that hold their fair share."""
+    """Draw one partition, class after class.
+
+    A client that already holds its fair share of images gets none of the next class.
+    """
     pieces: list[list[np.ndarray]] = [[] for _ in range(clients)]
     sizes = np.zeros(clients, int)
     for label in range(num_classes):
@@ -112,14 +125,18 @@ def _spread_classes(
 def _cuts(
     count: int, is_open: np.ndarray, alpha: float, generator: np.random.RandomState
 ) -> np.ndarray:
-    """Where to cut `count` images into one piece per client, by proportions of the open clients.
+    """Draw the positions [clients - 1] that cut `count` images into one piece per client.
 
-    For small alpha the proportions of all open clients can underflow to zero; the reference then
-    divides by zero. They are drawn again here.
+    Only clients where `is_open` [clients] get images. For small alpha the proportions of all open
+    clients can underflow to zero. The reference then divides by zero; here they are drawn again.
+
+    Raises:
+      UserError: the proportions underflow in every try.
     """
     clients = len(is_open)
     for _ in range(MAX_TRIES):
-        # If all clients' draws underflow they come as NaN or infinity, which compare false below.
+        # If the draws of all clients underflow, NumPy gives NaN or infinity, and the comparison
+        # below is false.
         proportions = np.where(is_open, generator.dirichlet(np.full(clients, alpha)), 0.0)
         total = proportions.sum()
         if 0 < total < np.inf:
@@ -134,11 +151,12 @@ def _cuts(
 def dirichlet_balanced(
     labels: np.ndarray, num_classes: int, clients: int, alpha: float, seed: int
 ) -> Indices:
-    """Equal sizes, floor(images / clients) each, with Dirichlet(alpha) class preferences.
+    """Give every client floor(images / clients) images by Dirichlet(alpha) class preferences.
 
-    Client after client draws without replacement from what is left, an image's weight being its
-    class's preference. Where the preferred classes run out, the rest is drawn uniformly; the
-    reference instead hands all that is left to one client, and later clients get nothing.
+    One client after another draws without replacement from the remaining images. The weight of an
+    image is the client's preference for its class. If the preferred classes run out, the rest is
+    drawn uniformly. The reference instead gives all remaining images to one client, and later
+    clients get nothing.
     """
     generator = rng.numpy_generator(seed, "partition")
     size = len(labels) // clients
@@ -146,8 +164,8 @@ def dirichlet_balanced(
     parts = []
     for _ in range(clients):
         preferences = generator.dirichlet(np.full(num_classes, alpha))
-        # Sorting log-weights plus Gumbel noise is weighted drawing without replacement. Images of
-        # weight zero come last, and the shuffle before leaves them in random order.
+        # Sorting log-weights plus Gumbel noise is weighted sampling without replacement. Images of
+        # weight zero come last. The shuffle puts them into random order.
         remaining = generator.permutation(remaining)
         with np.errstate(divide="ignore"):
             scores = np.log(preferences)[labels[remaining]] + generator.gumbel(size=len(remaining))
@@ -158,10 +176,11 @@ def dirichlet_balanced(
 
 
 def iid(labels: np.ndarray, num_classes: int, clients: int, seed: int) -> Indices:
-    """Every class dealt out evenly at random; sizes differ by at most one, in all and per class.
+    """Deal every class out evenly at random.
 
-    No image is left over, as the reference leaves the remainders: each class's are dealt on from
-    where the last class's ended, so that the same clients do not always get one more.
+    Clients differ by at most one image, in total and per class. The reference leaves the remainder
+    of every class over. Here each class is dealt on from where the class before ended, so that the
+    same clients do not always get one image more.
     """
     generator = rng.numpy_generator(seed, "partition")
     by_class = [np.flatnonzero(labels == label) for label in range(num_classes)]
@@ -170,7 +189,7 @@ def iid(labels: np.ndarray, num_classes: int, clients: int, seed: int) -> Indice
 
 
 def class_counts(indices: Sequence[np.ndarray], labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """How many images of each class every client holds: int64 [clients, classes]."""
+    """Count every client's images of each class: int64 [clients, classes]."""
     counts = [np.bincount(labels[part], minlength=num_classes) for part in indices]
     return np.stack(counts).astype(np.int64)
 
@@ -178,13 +197,16 @@ def class_counts(indices: Sequence[np.ndarray], labels: np.ndarray, num_classes:
 def split_validation(
     indices: Sequence[np.ndarray], labels: np.ndarray, fraction: float, seed: int
 ) -> tuple[Indices, Indices]:
-    """Set a fraction of every client's images aside, class by class as far as that goes.
+    """Hold out a fraction of every client's images, stratified by class as far as possible.
 
-    At least one training image of each class a client holds stays, so small clients may give less
-    than the fraction. A client's split depends on its own images only.
+    Every client keeps at least one training image of each of its classes, so small clients may give
+    less than the fraction. A client's split depends on its own images only.
 
     Returns:
       Training and validation indices per client; the order of the training indices is kept.
+
+    Raises:
+      UserError: the fraction does not lie in [0, 1).
     """
     if not 0 <= fraction < 1:
         raise UserError(f"the validation fraction must lie in [0, 1), not {fraction}")
@@ -198,12 +220,15 @@ def split_validation(
 
 
 def _held_out(labels: np.ndarray, fraction: float, generator: np.random.Generator) -> np.ndarray:
-    """Mask [images] of one client's validation images: shares by largest remainder, bounded."""
+    """Draw the mask [images] of one client's validation images.
+
+    Class counts are rounded by largest remainder and leave one training image of each class.
+    """
     classes, counts = np.unique(labels, return_counts=True)
     exact = fraction * counts
     taken = np.minimum(np.floor(exact).astype(int), counts - 1)
     missing = int(fraction * len(labels) + 0.5) - taken.sum()
-    # Ties, as among many classes of equal size, are broken at random.
+    # Many classes of equal size have equal remainders; such ties are broken at random.
     order = np.lexsort((generator.random(len(classes)), taken - exact))
     order = order[(taken < counts - 1)[order]]
     taken[order[: max(missing, 0)]] += 1
@@ -214,16 +239,16 @@ def _held_out(labels: np.ndarray, fraction: float, generator: np.random.Generato
 
 
 def local_test_shards(test_labels: np.ndarray, class_counts: np.ndarray, seed: int) -> Indices:
-    """For every client a part of the test set with the class proportions of its training data.
+    """Draw for every client a test shard with the class proportions of its training data.
 
-    The reference gives clients IID shards, and so measures no client's own distribution. A shard
-    is as large as it can be without repeating an image; shards of different clients overlap, since
-    clients that share a class would otherwise have to share out its few test images, and every
-    client's score is an estimate of its own. Classes without test images are left out.
+    The reference gives clients IID shards, which do not measure performance on a client's own
+    distribution. A shard is as large as possible without repeating an image. Shards of different
+    clients overlap: clients with a common class would otherwise have to divide its few test images,
+    and every client's score is an estimate by itself. Classes without test images are left out.
 
     Args:
       test_labels: int [images].
-      class_counts: [clients, classes], the clients' training images.
+      class_counts: [clients, classes], numbers of the clients' training images.
       seed: chooses the images.
 
     Returns:
@@ -245,7 +270,7 @@ def local_test_shards(test_labels: np.ndarray, class_counts: np.ndarray, seed: i
 
 
 def _largest_multiple(counts: np.ndarray, available: np.ndarray) -> np.ndarray:
-    """Integers [classes] in proportion to `counts` and as large as `available` allows."""
+    """Scale `counts` [classes] to the largest integers that `available` [classes] allows."""
     held = (counts > 0) & (available > 0)
     if not held.any():
         return np.zeros(len(counts), int)

@@ -1,7 +1,7 @@
-"""Named data sets as uint8 arrays in host memory.
+"""Registry of data sets, loaded by name as uint8 arrays in host memory.
 
-`SOURCES` is the registry: a new data set is one entry. The order of the images is that of the
-archive, because the partition's golden tables depend on it.
+A new data set is one entry of `SOURCES`. The order of the images is that of the archive, because
+partitions depend on it.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,15 +13,20 @@ from typing import Any
 import numpy as np
 
 from mosaic_jax import rng
-from mosaic_jax.checks import unknown
-from mosaic_jax.data import made, own, published
-from mosaic_jax.data.splits import Request
-from mosaic_jax.types import Dataset, UserError
+from mosaic_jax.data import builtin, catalog, user
+from mosaic_jax.data.formats.base import Request
+from mosaic_jax.types import Dataset, UserError, unknown_name
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set: how it is read, and the image sizes it offers, the default and all."""
+    """One data set.
+
+    Attributes:
+      read: function that loads it.
+      default_size: default height and width in pixels.
+      sizes: all heights and widths in pixels that it offers.
+    """
 
     read: Callable[[Request], Dataset]
     default_size: int
@@ -29,7 +34,7 @@ class Source:
 
 
 def names() -> list[str]:
-    """The data sets `load` knows, in alphabetical order."""
+    """Return the names of all data sets in alphabetical order."""
     return sorted(SOURCES)
 
 
@@ -46,9 +51,9 @@ def load(
 
     Args:
       name: one of `names()`.
-      directory: the folder of a set that comes as files; None looks in the usual places.
+      directory: folder of the set's files; None searches the usual places.
       image_size: height and width in pixels; None for the set's default.
-      train_images: keep a random subset of so many training images; None keeps all.
+      train_images: size of a random subset of the training images; None keeps all.
       test_images: the same for the test images.
       seed: chooses the subsets, and the images of "synthetic".
 
@@ -59,7 +64,7 @@ def load(
     (1437, 16, 16, 1)
     """
     if name not in SOURCES:
-        raise UserError(unknown("data set", name, names()))
+        raise UserError(unknown_name("data set", name, names()))
     source = SOURCES[name]
     size = source.default_size if image_size is None else image_size
     if size not in source.sizes:
@@ -79,10 +84,10 @@ def load(
 
 
 def _check(name: str, dataset: Any) -> None:
-    """Check that what a source has read is a data set, whoever wrote the source.
+    """Check the types and shapes of a data set, as a user's own source may return anything.
 
     Raises:
-      UserError: it is none; says what is wrong with it.
+      UserError: it is no valid `Dataset`; says what is wrong with it.
     """
     if not isinstance(dataset, Dataset):
         raise UserError(f"data set {name!r} is read as a {type(dataset).__name__}, not a Dataset")
@@ -103,7 +108,7 @@ def _check(name: str, dataset: Any) -> None:
 
 
 def _limited(dataset: Dataset, train: int | None, test: int | None, seed: int) -> Dataset:
-    """The data set with random subsets of its splits, each in archive order."""
+    """Return the data set with random subsets of its splits, each in archive order."""
     train_kept = _subset(dataset, "train", len(dataset.train_labels), train, seed)
     test_kept = _subset(dataset, "test", len(dataset.test_labels), test, seed)
     return replace(
@@ -118,6 +123,11 @@ def _limited(dataset: Dataset, train: int | None, test: int | None, seed: int) -
 def _subset(
     dataset: Dataset, split: str, available: int, wanted: int | None, seed: int
 ) -> np.ndarray | slice:
+    """Draw the sorted indices of a random subset of a split; None as `wanted` keeps all.
+
+    Raises:
+      UserError: more images are wanted than there are.
+    """
     if wanted is None or wanted == available:
         return slice(None)
     if wanted > available:
@@ -131,11 +141,11 @@ def _subset(
 
 
 SOURCES: dict[str, Source] = {
-    "digits": Source(made.digits, default_size=16, sizes=(16, 32)),
-    "synthetic": Source(made.synthetic, default_size=16, sizes=range(4, 257)),
-    "own": Source(own.read, default_size=32, sizes=range(4, 257)),
+    "digits": Source(builtin.digits, default_size=16, sizes=(16, 32)),
+    "synthetic": Source(builtin.synthetic, default_size=16, sizes=range(4, 257)),
+    "own": Source(user.read, default_size=32, sizes=range(4, 257)),
     **{
-        name: Source(partial(published.read, about), about.sizes[0], about.sizes)
-        for name, about in published.SETS.items()
+        name: Source(partial(catalog.read, published), published.sizes[0], published.sizes)
+        for name, published in catalog.SETS.items()
     },
 }

@@ -1,8 +1,13 @@
-"""Methods: each module lists, in `stages(federation)`, which stages run in which order."""
+"""Methods: each module lists, in `stages(federation)`, which stages run in which order.
 
+A module says which settings its method reads: `SECTIONS` are read beside the sections that `EVERY`
+method reads, `UNUSED` are settings of those that change nothing in it. Either may be left out.
+"""
+
+import inspect
 from collections.abc import Callable, Iterable
 
-from mosaic_jax.checks import unknown
+from mosaic_jax.federation import Federation
 from mosaic_jax.methods import (
     dense,
     dfrd,
@@ -17,9 +22,8 @@ from mosaic_jax.methods import (
     heterofl,
     mosaic,
 )
-from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.stage import Stage
-from mosaic_jax.types import UserError
+from mosaic_jax.types import UserError, unknown_name
 
 METHODS: dict[str, Callable[[Federation], list[Stage]]] = {
     "fedavg": fedavg.stages,
@@ -39,32 +43,8 @@ METHODS: dict[str, Callable[[Federation], list[Stage]]] = {
 EVERY = {"data", "partition", "model", "submodel", "local_update", "parallel", "run"}
 """Sections of settings that all methods read."""
 
-SERVER = {"server_distillation", "generator_optimization"}
-"""Those of a server with a generator of its own."""
-
-OWN = {
-    "fedprox": {"fedprox"},
-    "fedrs": {"fedrs"},
-    "fedgen": {"fedgen"},
-    "dense": SERVER,
-    "fedftg": SERVER,
-    "dfrd": SERVER,
-    "mosaic": {
-        "model_aggregation",
-        "generator_optimization",
-        "prototypes",
-        "meta_model",
-        "knowledge_distillation",
-        "fine_tuning",
-    },
-}
-"""Those of one method alone."""
-
-FIXED = {name: {"parallel.memory_gib"} for name in METHODS if name != "mosaic"}
-"""Settings of `EVERY` that a method has no use for: but for Mosaic they keep no client's models."""
-
-for _name in ("heterofl", "fedrolex", "federated_dropout"):
-    FIXED[_name].add("submodel.scheme")  # their definition leaves no choice
+UNUSED = {"parallel.memory_gib"}
+"""Those of methods whose module names none: they keep no client's models, so need no bound."""
 
 
 def check_used(name: str, given: Iterable[str]) -> None:
@@ -75,24 +55,26 @@ def check_used(name: str, given: Iterable[str]) -> None:
       given: dotted settings.
 
     Raises:
-      UserError: naming the setting and the sections the method has.
+      UserError: names the setting and the sections that the method has.
     """
-    own = OWN.get(name, set())
+    module = inspect.getmodule(METHODS[name])
+    sections = EVERY | getattr(module, "SECTIONS", set())
+    unused = getattr(module, "UNUSED", UNUSED)
     for setting in given:
         section, _, rest = setting.partition(".")
-        if setting in FIXED.get(name, set()) or (rest and section not in EVERY | own):
+        if setting in unused or (rest and section not in sections):
             raise UserError(
                 f"method {name!r} does not use {setting!r}; its sections are "
-                f"{', '.join(sorted(EVERY | own))}"
+                f"{', '.join(sorted(sections))}"
             )
 
 
 def stages(name: str, federation: Federation) -> list[Stage]:
-    """The stages of a method.
+    """Return the stages of a method.
 
     Raises:
       UserError: no such method; names the nearest.
     """
     if name not in METHODS:
-        raise UserError(unknown("method", name, list(METHODS)))
+        raise UserError(unknown_name("method", name, METHODS))
     return METHODS[name](federation)

@@ -6,13 +6,15 @@ The original is one-shot; here it follows every round, as DFRD's authors compare
 import jax.numpy as jnp
 import optax
 
+from mosaic_jax.federation import Federation
 from mosaic_jax.stages import rounds
-from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.generator_losses import inversion_loss
 from mosaic_jax.stages.local_update import ClientUpdate
-from mosaic_jax.stages.server_distillation import ServerDistillation, mean_where
+from mosaic_jax.stages.server_distillation import ServerBatch, ServerDistillation, mean_where
 from mosaic_jax.stages.stage import Stage
-from mosaic_jax.types import Array, PyTree, Variables
+from mosaic_jax.types import Array, Variables
+
+SECTIONS = {"server_distillation", "generator_optimization"}
 
 
 class Dense(ServerDistillation):
@@ -23,31 +25,33 @@ class Dense(ServerDistillation):
     combine = "concatenation"
     latent = 100
 
-    def label_weights(self, counts: Array) -> Array:
-        """All classes alike."""
-        return jnp.ones(counts.shape[1])
+    def label_weights(self, class_counts: Array) -> Array:
+        """Draw all classes alike."""
+        return jnp.ones(class_counts.shape[1])
 
-    def generator_terms(self, batch: PyTree) -> tuple[Array, Array, float]:
-        """Images that the ensemble knows and on which the global model differs from it."""
-        teacher, student, labels = batch["teachers"].mean(axis=0), batch["student"], batch["labels"]
+    def generator_terms(self, batch: ServerBatch) -> tuple[Array, Array, float]:
+        """Ask for images that the ensemble knows and on which the global model differs from it."""
+        teacher, student, labels = batch.teachers.mean(axis=0), batch.student, batch.labels
         known = optax.softmax_cross_entropy_with_integer_labels(teacher, labels).mean()
         differ = (teacher.argmax(-1) == labels) != (student.argmax(-1) == labels)
         return known, mean_where(self.divergence(student, teacher), differ), 0.0
 
-    def statistics_loss(self, clients: Variables, images: Array) -> Array:
-        """L_BN: how far the batch's statistics are from the running ones, mean over clients."""
+    def statistics_loss(self, client_models: Variables, images: Array) -> Array:
+        """Return L_BN: distance of batch from running statistics, the mean over clients."""
 
-        def of_client(images: Array, client: Variables) -> Array:
-            return inversion_loss(self.federation.model, client, images)
+        def of_client(images: Array, client_model: Variables) -> Array:
+            return inversion_loss(self.classifier.module, client_model, images)
 
-        return self.federation.map(of_client)(images, clients).mean()
+        mapped = self.federation.layout.map_clients(of_client)(images, client_models)
+        loss: Array = mapped.mean()
+        return loss
 
-    def global_loss(self, batch: PyTree) -> Array:
-        """KL(ensemble || global model)."""
-        return self.divergence(batch["teachers"].mean(axis=0), batch["student"]).mean()
+    def global_loss(self, batch: ServerBatch) -> Array:
+        """Return KL(ensemble || global model)."""
+        return self.divergence(batch.teachers.mean(axis=0), batch.student).mean()
 
 
 def stages(federation: Federation) -> list[Stage]:
-    """The whole method is one stage."""
+    """Return the method's one stage."""
     update = ClientUpdate(federation, federation.config.local_update.steps)
     return [rounds.warm_up(federation, update, server=Dense(federation))]

@@ -1,10 +1,12 @@
-"""Federated Dropout (Caldas et al. 2018): sub-models of channels drawn anew every time."""
+"""Federated Dropout (Caldas et al. 2018): sub-models of channels drawn anew every round."""
 
-from mosaic_jax.stages import rounds
-from mosaic_jax.stages.federation import Federation
+from mosaic_jax.federation import Federation
+from mosaic_jax.methods.partial_training import partial_training
 from mosaic_jax.stages.stage import Stage
+
+UNUSED = {"parallel.memory_gib", "submodel.scheme"}  # the method is a scheme
 
 
 def stages(federation: Federation) -> list[Stage]:
-    """The whole method is one stage."""
-    return rounds.partial_training(federation, scheme="random")
+    """Return the method's one stage."""
+    return partial_training(federation, scheme="random")

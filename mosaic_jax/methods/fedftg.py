@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mosaic_jax.federation import Federation
 from mosaic_jax.stages import rounds
-from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.local_update import ClientUpdate
-from mosaic_jax.stages.server_distillation import ServerDistillation, mode_seeking
+from mosaic_jax.stages.server_distillation import ServerBatch, ServerDistillation, mode_seeking
 from mosaic_jax.stages.stage import Stage
-from mosaic_jax.types import Array, PyTree
+from mosaic_jax.types import Array
+
+SECTIONS = {"server_distillation", "generator_optimization"}
 
 
 class HardSamples(ServerDistillation):
@@ -23,24 +25,24 @@ class HardSamples(ServerDistillation):
     combine = "concatenation"
     latent = 100
 
-    def generator_terms(self, batch: PyTree) -> tuple[Array, Array, Array]:
-        """Images that their classes' holders know and on which the global model differs."""
-        teachers, tau = batch["teachers"], batch["tau"]
+    def generator_terms(self, batch: ServerBatch) -> tuple[Array, Array, Array]:
+        """Ask for images that their classes' holders know and the global model does not."""
+        teachers, tau = batch.teachers, batch.tau
         known = jax.vmap(optax.softmax_cross_entropy_with_integer_labels, in_axes=(0, None))(
-            teachers, batch["labels"]
+            teachers, batch.labels
         )
-        apart = self.divergence(batch["student"], teachers) / teachers.shape[-1]
+        apart = self.divergence(batch.student, teachers) / teachers.shape[-1]
         unknown, disagreement = ((tau * each).sum(axis=0).mean() for each in (known, apart))
-        return unknown, disagreement, mode_seeking(batch["z"], batch["images"])
+        return unknown, disagreement, mode_seeking(batch.z, batch.images)
 
-    def global_loss(self, batch: PyTree) -> Array:
-        """sum_i tau_iy KL(client i || global model)."""
-        student = jnp.broadcast_to(batch["student"], batch["teachers"].shape)
-        apart = self.divergence(batch["teachers"], student)
-        return (batch["tau"] * apart).sum(axis=0).mean() / student.shape[-1]
+    def global_loss(self, batch: ServerBatch) -> Array:
+        """Return sum_i tau_iy KL(client i || global model)."""
+        student = jnp.broadcast_to(batch.student, batch.teachers.shape)
+        apart = self.divergence(batch.teachers, student)
+        return (batch.tau * apart).sum(axis=0).mean() / student.shape[-1]
 
 
 def stages(federation: Federation) -> list[Stage]:
-    """The whole method is one stage."""
+    """Return the method's one stage."""
     update = ClientUpdate(federation, federation.config.local_update.steps)
     return [rounds.warm_up(federation, update, server=HardSamples(federation))]

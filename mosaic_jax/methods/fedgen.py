@@ -10,19 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 
 from mosaic_jax import rng
+from mosaic_jax.data.batches import ClientLists
+from mosaic_jax.federation import Federation
 from mosaic_jax.models import LatentGenerator, head_logits, submodel
 from mosaic_jax.stages import rounds
-from mosaic_jax.stages.federation import Federation
-from mosaic_jax.stages.local_update import Batch, ClientUpdate
+from mosaic_jax.stages.cohort import Cohort
+from mosaic_jax.stages.local_update import Batch, ClientUpdate, RoundInputs
 from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import Array, Outputs, PyTree, Variables
+
+SECTIONS = {"fedgen"}
 
 NOISE = 32
 HIDDEN = 256
 STEPS = 50
-"""Of the generator after every round, by Adam, its learning rate falling by DECAY a round."""
+"""Steps of Adam on the generator after every round; the learning rate falls by DECAY a round."""
 
 LEARNING_RATE = 3e-4
 WEIGHT_DECAY = 1e-2
@@ -33,18 +38,25 @@ SMALLEST_WEIGHT = 1e-4
 class GuidedUpdate(ClientUpdate):
     """Cross-entropy + a_t (CE of generated features + KL(head(G(y)) || f(x))) from round 1 on."""
 
-    def own_term(
-        self, params: PyTree, outputs: Outputs, batch: Batch, shared: PyTree, client: PyTree
+    def regularizer(
+        self,
+        params: PyTree,
+        outputs: Outputs,
+        batch: Batch,
+        inputs: RoundInputs,
+        client: ClientLists,
     ) -> Array:
-        """The generator's two terms, with a_t = max(1e-4, weight 0.98^t)."""
+        """Return the generator's two terms, with a_t = max(1e-4, weight 0.98^t)."""
         classes, size = outputs.logits.shape[-1], len(batch.labels)
         drawn = jax.random.randint(rng.fold(batch.key, 0), (size,), 0, classes)
 
         def by_head(labels: Array, part: int) -> Array:
-            features = _features(shared["generator"], labels, rng.fold(batch.key, part))
-            if shared["sets"]:
-                stream = submodel.streams_of(self.federation.model)["head"][0]
-                features = features[:, shared["sets"][stream]]
+            generator = inputs.from_server["generator"]
+            features = _features(generator, labels, rng.fold(batch.key, part))
+            if inputs.channels:
+                group = submodel.channel_groups_of(self.federation.classifier.module)["head"][0]
+                assert group is not None
+                features = features[:, inputs.channels[group]]
             return head_logits(params, features)
 
         own = optax.softmax_cross_entropy_with_integer_labels(by_head(drawn, 1), drawn).mean()
@@ -52,106 +64,137 @@ class GuidedUpdate(ClientUpdate):
         seen = jax.nn.log_softmax(outputs.logits)
         apart = optax.losses.kl_divergence_with_log_targets(seen, guide)
         apart = (apart * batch.mask).sum() / batch.mask.sum()
-        weight = self.federation.config.fedgen.weight * DECAY ** shared["round"]
-        weight = jnp.where(shared["round"] > 0, jnp.maximum(weight, SMALLEST_WEIGHT), 0.0)
+        weight = self.federation.config.fedgen.weight * DECAY**inputs.round_index
+        weight = jnp.where(inputs.round_index > 0, jnp.maximum(weight, SMALLEST_WEIGHT), 0.0)
         return weight * (own + apart)
 
 
+class FeatureServerState(struct.PyTreeNode):
+    """Carry of the server: the generator's variables and its Adam's state."""
+
+    generator: Variables
+    optimizer: PyTree
+
+
 class FeatureGenerator:
-    """The server's side, a `rounds.Server`."""
+    """The server's generator of features, a `rounds.Server`."""
 
     def __init__(self, federation: Federation):
-        self.federation = federation
-        full = federation.shapes(federation.model)
+        self.federation, layout = federation, federation.layout
+        full = federation.classifier.abstract_variables()
         width, classes = full["params"]["head"]["kernel"].shape
         self.generator = LatentGenerator(width, classes, HIDDEN)
-        self.optimizer = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.scale_by_adam())
-        self.counts = federation.counts.astype(np.float32)
-        self.key = federation.place(federation.key("fedgen"))
-        self.train = federation.jit(self.one_round, donate_argnums=0)
+        counts = federation.clients.class_counts.astype(np.float32)
+        self.shared = layout.put_replicated((federation.key("fedgen"), counts))
+        self.train = layout.jit(self.one_round, donate_argnums=0)
 
-    def start(self, variables: Variables) -> PyTree:
-        """The generator and Adam's moments."""
+    def optimizer(self, learning_rate: Array | float) -> optax.GradientTransformation:
+        """Return Adam with L2."""
+        return optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.adam(learning_rate))
+
+    def start(self, variables: Variables) -> FeatureServerState:
+        """Draw the generator and start its optimiser."""
         key, labels = self.federation.key("fedgen", 1), jnp.zeros(2, jnp.int32)
         generator = self.generator.init(key, jnp.zeros((2, NOISE)), labels)
-        return {"generator": generator, "optimizer": self.optimizer.init(generator["params"])}
+        return FeatureServerState(generator, self.optimizer(0.0).init(generator["params"]))
 
-    def send(self, carry: PyTree) -> dict[str, PyTree]:
-        """The generator goes down with the model."""
-        return {"generator": carry["generator"]}
+    def send(self, carry: FeatureServerState) -> dict[str, PyTree]:
+        """Send the generator with the model."""
+        return {"generator": carry.generator}
 
     def __call__(
-        self, variables: Variables, carry: PyTree, clients: Variables, cohort: PyTree, round: Array
-    ) -> tuple[Variables, PyTree, PyTree]:
-        """See `rounds.Server`; the global model stays the average."""
-        shared = {"key": self.key, "counts": self.federation.place(self.counts)}
-        carry, loss = self.train(carry, shared, clients["params"]["head"], cohort["clients"], round)
+        self,
+        variables: Variables,
+        carry: FeatureServerState,
+        client_models: Variables,
+        cohort: Cohort,
+        round_index: Array,
+    ) -> tuple[Variables, FeatureServerState, dict[str, Array]]:
+        """Train the generator; the global model stays the average. See `rounds.Server`."""
+        heads = client_models["params"]["head"]
+        carry, loss = self.train(carry, self.shared, heads, cohort.client_ids, round_index)
         return variables, carry, {"generator_loss": loss}
 
     def one_round(
-        self, carry: PyTree, shared: PyTree, heads: PyTree, ids: Array, round: Array
-    ) -> tuple[PyTree, Array]:
-        """All steps of one round on the heads [clients, ...]."""
-        counts = shared["counts"][ids]
-        held = counts.sum(axis=0)
-        tau = counts / jnp.maximum(held, 1.0)
-        rate, size = LEARNING_RATE * DECAY**round, self.federation.config.local_update.batch_size
+        self,
+        carry: FeatureServerState,
+        shared: tuple[Array, Array],
+        heads: PyTree,
+        client_ids: Array,
+        round_index: Array,
+    ) -> tuple[FeatureServerState, Array]:
+        """Make all steps of one round on the heads [clients, ...]; return the mean loss."""
+        stage_key, class_counts = shared
+        counts = class_counts[client_ids]
+        optimizer = self.optimizer(LEARNING_RATE * DECAY**round_index)
 
-        def loss(params: PyTree, statistics: PyTree, key: Array) -> tuple[Array, PyTree]:
-            labels = jax.random.categorical(rng.fold(key, 0), jnp.log(held + 1e-12), shape=(size,))
-            noise = jax.random.uniform(rng.fold(key, 1), (size, NOISE))
-            variables = {"params": params, "batch_stats": statistics}
-            drawn: Any = self.generator.apply(
-                variables, noise, labels, True, mutable=["batch_stats"]
+        def step(carry: FeatureServerState, step: Array) -> tuple[FeatureServerState, Array]:
+            generator, key = carry.generator, rng.fold(stage_key, round_index, step)
+            (value, statistics), gradient = jax.value_and_grad(self.loss, has_aux=True)(
+                generator["params"], generator["batch_stats"], heads, counts, key
             )
-            features, updated = drawn
-            logits = jax.vmap(lambda head: head_logits({"head": head}, features))(heads)
-            known = jax.vmap(optax.softmax_cross_entropy_with_integer_labels, in_axes=(0, None))(
-                logits, labels
-            )
-            value = (tau[:, labels] * known).sum(axis=0).mean()
-            return value + spread_loss(noise, features), updated["batch_stats"]
-
-        def step(carry: PyTree, number: Array) -> tuple[PyTree, Array]:
-            generator, key = carry["generator"], rng.fold(shared["key"], round, number)
-            (value, statistics), gradient = jax.value_and_grad(loss, has_aux=True)(
-                generator["params"], generator["batch_stats"], key
-            )
-            updates, optimizer = self.optimizer.update(
-                gradient, carry["optimizer"], generator["params"]
-            )
-            updates = jax.tree.map(lambda update: -rate * update, updates)
+            updates, state = optimizer.update(gradient, carry.optimizer, generator["params"])
             params = optax.apply_updates(generator["params"], updates)
-            return {
-                "generator": {"params": params, "batch_stats": statistics},
-                "optimizer": optimizer,
-            }, value
+            generator = {"params": params, "batch_stats": statistics}
+            return FeatureServerState(generator, state), value
 
         carry, losses = jax.lax.scan(step, carry, jnp.arange(STEPS))
         return carry, losses.mean()
 
+    def loss(
+        self, params: PyTree, statistics: PyTree, heads: PyTree, counts: Array, key: Array
+    ) -> tuple[Array, PyTree]:
+        """Return sum_i tau_iy CE of the heads plus diversity; beside it, the batch statistics.
+
+        Args:
+          params: of the generator.
+          statistics: its batch statistics.
+          heads: of the cohort's models, [clients, ...].
+          counts: the cohort's images of each class, [clients, classes].
+          key: of the step.
+        """
+        held = counts.sum(axis=0)
+        tau = counts / jnp.maximum(held, 1.0)
+        size = self.federation.config.local_update.batch_size
+        labels = jax.random.categorical(rng.fold(key, 0), jnp.log(held + 1e-12), shape=(size,))
+        noise = jax.random.uniform(rng.fold(key, 1), (size, NOISE))
+        variables = {"params": params, "batch_stats": statistics}
+        generated: Any = self.generator.apply(
+            variables, noise, labels, True, mutable=["batch_stats"]
+        )
+        features, updated = generated
+        logits = jax.vmap(lambda head: head_logits({"head": head}, features))(heads)
+        known = jax.vmap(optax.softmax_cross_entropy_with_integer_labels, in_axes=(0, None))(
+            logits, labels
+        )
+        value = (tau[:, labels] * known).sum(axis=0).mean()
+        return value + diversity_penalty(noise, features), updated["batch_stats"]
+
 
 def _features(variables: Variables, labels: Array, key: Array) -> Array:
-    """What the sent generator draws for these labels [batch]: features [batch, features].
+    """Generate features [batch, features] of labels [batch] with the received generator.
 
-    In eval mode: a batch of one class has that class in its mean, which batch norm would take out,
-    and with it all that the features say of their class.
+    It is in eval mode: a batch of one class has that class in its mean, which batch norm would take
+    out, and with it all that the features say of their class.
     """
     width = variables["params"]["features"]["bias"].shape[0]
     classes = variables["params"]["hidden"]["kernel"].shape[0] - NOISE
     noise = jax.random.uniform(key, (len(labels), NOISE))
-    drawn: Any = LatentGenerator(width, classes, HIDDEN).apply(variables, noise, labels)
-    return jax.lax.stop_gradient(drawn)
+    generated: Any = LatentGenerator(width, classes, HIDDEN).apply(variables, noise, labels)
+    return jax.lax.stop_gradient(generated)
 
 
-def spread_loss(noise: Array, features: Array) -> Array:
-    """exp(-mean_jk msd(noise_j, noise_k) |features_j - features_k|): low where noise matters."""
+def diversity_penalty(noise: Array, features: Array) -> Array:
+    """Return exp(-mean_jk msd(noise_j, noise_k) |features_j - features_k|).
+
+    It is low where noise changes the features.
+    """
     apart = jnp.square(noise[:, None] - noise[None]).mean(axis=-1)
     distance = jnp.abs(features[:, None] - features[None]).mean(axis=-1)
     return jnp.exp(-(apart * distance).mean())
 
 
 def stages(federation: Federation) -> list[Stage]:
-    """The whole method is one stage."""
+    """Return the method's one stage."""
     update = GuidedUpdate(federation, federation.config.local_update.steps)
     return [rounds.warm_up(federation, update, server=FeatureGenerator(federation))]

@@ -6,6 +6,7 @@ teacher into the student on generated images; fine-tuning rounds.
 """
 
 from mosaic_jax.config import needs_generators
+from mosaic_jax.federation import Federation
 from mosaic_jax.stages import (
     generator_optimization,
     knowledge_distillation,
@@ -14,35 +15,50 @@ from mosaic_jax.stages import (
     prototypes,
     rounds,
 )
-from mosaic_jax.stages.federation import Federation
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.stages.stage import Stage
 
+SECTIONS = {
+    "model_aggregation",
+    "generator_optimization",
+    "prototypes",
+    "meta_model",
+    "knowledge_distillation",
+    "fine_tuning",
+}
+UNUSED: set[str] = set()
+
 
 def stages(federation: Federation) -> list[Stage]:
-    """All stages; the last trains the student, under the name of the global model.
+    """Return all stages; the last two train the student.
 
     Without distillation steps there is no student, and fine-tuning continues the global model;
     the real-image oracle needs no generators.
     """
     config = federation.config
-    distillation, fine_tuning = config.knowledge_distillation, config.fine_tuning
     update = ClientUpdate(federation, config.local_update.steps)
-    plan = [rounds.warm_up(federation, update), model_aggregation.form_experts(federation)]
+    plan = [rounds.warm_up(federation, update), model_aggregation.stage(federation)]
     if needs_generators(config):
-        plan.append(generator_optimization.train(federation))
-    plan += [prototypes.collect(federation), meta_model.train(federation)]
-    if distillation.steps:
-        plan.append(knowledge_distillation.distil(federation))
-    if fine_tuning.batch_norm == "frozen":
-        update = ClientUpdate(federation, config.local_update.steps, batch_norm="frozen")
-    tuning = rounds.Rounds(
+        plan.append(generator_optimization.stage(federation))
+    plan += [prototypes.stage(federation), meta_model.stage(federation)]
+    if config.knowledge_distillation.steps:
+        plan.append(knowledge_distillation.stage(federation))
+    return [*plan, fine_tuning(federation)]
+
+
+def fine_tuning(federation: Federation) -> Stage:
+    """Return the rounds after the distillation, on the clients' or the model's batch statistics."""
+    config = federation.config
+    settings = config.fine_tuning
+    update = ClientUpdate(federation, config.local_update.steps, batch_norm=settings.batch_norm)
+    model = "student" if config.knowledge_distillation.steps else "global"
+    return rounds.Rounds(
         federation,
         update,
         "fine_tuning",
-        fine_tuning.rounds,
-        fine_tuning.learning_rate,
-        model="student" if distillation.steps else "global",
+        settings.rounds,
+        settings.learning_rate,
+        model=model,
+        output=model,
         first_round=config.local_update.rounds + 1,
     ).stage()
-    return [*plan, tuning]

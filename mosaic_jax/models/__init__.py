@@ -1,4 +1,4 @@
-"""Classifiers by name, the generator and its adversaries, and the meta model."""
+"""Classifiers by name, generators and their adversaries, and the meta model."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mosaic_jax.checks import unknown
 from mosaic_jax.models.cnn import CNN
 from mosaic_jax.models.generator import (
     ConditionalGenerator,
@@ -20,7 +19,7 @@ from mosaic_jax.models.generator import (
 from mosaic_jax.models.layers import head_logits
 from mosaic_jax.models.meta import MetaModel
 from mosaic_jax.models.resnet import ResNet
-from mosaic_jax.types import Array, Outputs, PyTree, UserError
+from mosaic_jax.types import Array, Outputs, PyTree, UserError, unknown_name
 
 __all__ = [
     "CLASSIFIERS",
@@ -44,6 +43,7 @@ CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "resnet50": partial(ResNet, depth=50),
     "cnn": CNN,
 }
+"""Registry of classifiers; a new model is one entry."""
 
 
 def build_classifier(
@@ -52,23 +52,32 @@ def build_classifier(
     width: int,
     mean: Sequence[float],
     std: Sequence[float],
-    form: str = "auto",
+    conv_impl: str = "auto",
     dtype: str = "float32",
 ) -> nn.Module:
-    """Builds a classifier of images in [-1, 1].
+    """Build a classifier of images in [-1, 1].
+
+    Args:
+      name: one of `CLASSIFIERS`.
+      num_classes: number of classes.
+      width: base width; what it scales is up to the model.
+      mean: per-channel mean of the data set's images scaled to [0, 1].
+      std: per-channel standard deviation of the same.
+      conv_impl: one of `convolution.CONV_IMPLS`.
+      dtype: type that the model computes in; parameters are float32.
 
     Raises:
-      UserError: for a name that is not in `CLASSIFIERS`; it says which one is nearest.
+      UserError: no model has this name, or it does not take these arguments.
     """
     if name not in CLASSIFIERS:
-        raise UserError(unknown("model", name, list(CLASSIFIERS)))
+        raise UserError(unknown_name("model", name, list(CLASSIFIERS)))
     try:
         return CLASSIFIERS[name](
             num_classes=num_classes,
             width=width,
             mean=tuple(mean),
             std=tuple(std),
-            form=form,
+            conv_impl=conv_impl,
             dtype=dtype,
         )
     except TypeError as error:
@@ -76,12 +85,13 @@ def build_classifier(
 
 
 def check_classifier(name: str, model: nn.Module, image_shape: Sequence[int], classes: int) -> None:
-    """Check that a user's model is what the stages take; shapes alone are computed.
+    """Check a user's model against what the stages need, computing shapes only.
 
     Raises:
-      UserError: it is not; says what is missing.
+      UserError: the model does not fit; says what is missing.
     """
-    if isinstance(model, (CNN, ResNet)):  # the tests' part, and minutes of theirs
+    # The tests check our own models. Tracing them here would cost the tests minutes.
+    if isinstance(model, (CNN, ResNet)):
         return
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
 
@@ -100,7 +110,7 @@ def check_classifier(name: str, model: nn.Module, image_shape: Sequence[int], cl
 
 
 def _problem(variables: PyTree, outputs: Any, classes: int) -> str:
-    """What a classifier lacks, by its shapes for two images; empty if nothing."""
+    """Describe what a classifier lacks, by its shapes for two images; empty if nothing."""
     if not isinstance(outputs, Outputs):
         return f"returns a {type(outputs).__name__}, not Outputs(logits, features)"
     if outputs.logits.shape != (2, classes):

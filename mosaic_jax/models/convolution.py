@@ -1,9 +1,9 @@
-"""Convolutions as pure functions, each in several forms that give the same numbers.
+"""Convolutions as pure functions, in several implementations that give the same numbers.
 
-XLA:CPU is slow where every client has its own kernel (vmap makes a grouped convolution) and where
-autodiff's gradients run inside a loop. The forms here avoid both; on GPU and TPU the native
-operation is best. Layout is `[batch, height, width, channels]` with kernels `[k, k, in, out]`,
-square kernels, one stride and one symmetric padding for both directions.
+XLA:CPU is slow if every client has its own kernel, because vmap then makes a grouped convolution,
+and if autodiff's gradients run inside a loop. The implementations here avoid both. On GPU and TPU
+the native operation is best. Images are `[batch, height, width, channels]`, and kernels are square,
+`[k, k, in, out]`. Both directions have the same stride and the same symmetric padding.
 """
 
 from functools import partial
@@ -17,38 +17,46 @@ from mosaic_jax.models import winograd
 from mosaic_jax.models.mesh_axes import same_mesh_axes
 from mosaic_jax.types import Array
 
-FORMS = ("auto", "native", "gradients")
+CONV_IMPLS = ("auto", "native", "gradients")
+"""Values of `conv_impl`: the best one for the backend, XLA's operation, or our own gradients."""
+
 BLOCK = 32
-"""Images whose kernel gradient is taken at a time, about."""
+"""Approximate number of images whose kernel gradient is computed at a time."""
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-def resolve_form(form: str) -> str:
-    """Turns `auto` into the form that measured best on this backend."""
-    if form not in FORMS:
-        raise ValueError(f"unknown form of convolution {form!r}, expected one of {FORMS}")
-    if form != "auto":
-        return form
+def resolve_conv_impl(conv_impl: str) -> str:
+    """Replace "auto" by the implementation that measured best on this backend.
+
+    Raises:
+      ValueError: there is no such implementation.
+    """
+    if conv_impl not in CONV_IMPLS:
+        raise ValueError(f"unknown conv_impl {conv_impl!r}, expected one of {CONV_IMPLS}")
+    if conv_impl != "auto":
+        return conv_impl
     return "gradients" if jax.default_backend() == "cpu" else "native"
 
 
-def convolve(x: Array, kernel: Array, stride: int, padding: int, form: str) -> Array:
-    """Correlates images with a kernel.
+def convolve(x: Array, kernel: Array, stride: int, padding: int, conv_impl: str) -> Array:
+    """Correlate images with a kernel.
+
+    Unless `conv_impl` is "native", a 1x1 kernel and a kernel as large as the map are matrix
+    products, and a stride that divides the kernel is folded away.
 
     Args:
       x: `[batch, height, width, in]`.
       kernel: `[k, k, in, out]`.
       stride: step in both directions.
       padding: zeros added on every side.
-      form: one of `FORMS`. Where the form is not native, the 1x1 kernel and the kernel as large as
-        the map are matrix products, and a stride that divides the kernel is folded away.
+      conv_impl: one of `CONV_IMPLS`.
 
     Returns:
       `[batch, (height + 2 padding - k) // stride + 1, ..., out]`.
     """
-    form = resolve_form(form)
-    if form == "native":
+    conv_impl = resolve_conv_impl(conv_impl)
+    if conv_impl == "native":
         return _native(x, kernel, stride, padding)
     size = kernel.shape[0]
     if size == 1 and padding == 0:
@@ -57,19 +65,25 @@ def convolve(x: Array, kernel: Array, stride: int, padding: int, form: str) -> A
         flat = x.reshape(x.shape[0], -1) @ kernel.reshape(-1, kernel.shape[-1])
         return flat[:, None, None]
     if stride > 1 and size % stride == 0:
-        return _folded(x, kernel, stride, padding, form)
+        return _folded(x, kernel, stride, padding, conv_impl)
     return _own_gradients(*same_mesh_axes(x, kernel), stride, padding)
 
 
-def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int, form: str) -> Array:
-    """Transposed convolution: the output is `(height - 1) stride + k - 2 padding` high.
+def convolve_transposed(
+    x: Array, kernel: Array, stride: int, padding: int, conv_impl: str
+) -> Array:
+    """Compute the transposed convolution of images `[batch, height, width, in]`.
 
-    The kernel `[k, k, in, out]` is not flipped, as in `lax.conv_transpose`. The forms other than
-    native multiply no zero that stands between the inputs.
+    The output is `(height - 1) stride + k - 2 padding` high. The kernel `[k, k, in, out]` is not
+    flipped, as in `lax.conv_transpose`. Implementations other than "native" do not multiply the
+    zeros between the inputs.
+
+    Raises:
+      ValueError: there is only the native implementation for this kernel, stride and padding.
     """
-    form = resolve_form(form)
+    conv_impl = resolve_conv_impl(conv_impl)
     size = kernel.shape[0]
-    if form == "native":
+    if conv_impl == "native":
         around = size - 1 - padding
         return lax.conv_transpose(
             x, kernel, (stride, stride), [(around, around)] * 2, dimension_numbers=_LAYOUT
@@ -77,22 +91,23 @@ def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int, form
     if (size, stride, padding) == (4, 2, 1):
         return _doubled(x, kernel)
     if stride != 1:
-        raise ValueError(f"no phase form for kernel {size}, stride {stride}, padding {padding}")
+        raise ValueError(f"no phases for kernel {size}, stride {stride}, padding {padding}")
     if padding == 0 and x.shape[1:3] == (1, 1):
         flipped = kernel[::-1, ::-1].transpose(2, 0, 1, 3)
         flat = x[:, 0, 0] @ flipped.reshape(flipped.shape[0], -1)
         return flat.reshape(-1, *flipped.shape[1:])
-    return convolve(x, kernel, 1, size - 1 - padding, form)
+    return convolve(x, kernel, 1, size - 1 - padding, conv_impl)
 
 
 def _native(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """Compute the convolution by XLA's operation."""
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=_LAYOUT
     )
 
 
 def _patches(x: Array, kernel: Array) -> Array:
-    """One matrix product of all shifted images, `[pixels, k k in]`, with the kernel."""
+    """Compute a convolution as one matrix product of all shifted images `[pixels, k k in]`."""
     size = kernel.shape[0]
     height, width = (n - size + 1 for n in x.shape[1:3])
     shifts = [x[:, a : a + height, b : b + width] for a in range(size) for b in range(size)]
@@ -101,7 +116,7 @@ def _patches(x: Array, kernel: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _own_gradients(x: Array, kernel: Array, stride: int, padding: int) -> Array:
-    """A convolution whose gradients are forward convolutions too."""
+    """Compute a convolution whose gradients are forward convolutions too."""
     return _correlate(x, kernel, stride, padding)
 
 
@@ -114,6 +129,7 @@ def _forward(
 def _backward(
     stride: int, padding: int, saved: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
+    """Return the gradients of the input and of the kernel."""
     x, kernel = saved
     if winograd.suits(x, kernel, stride, padding):
         return winograd.input_gradient(gradient, kernel), winograd.kernel_gradient(x, gradient)
@@ -122,11 +138,12 @@ def _backward(
 
 
 def _correlate(x: Array, kernel: Array, stride: int, padding: int) -> Array:
-    """Winograd's where it suits; else native, of several pixels at once where channels are few.
+    """Correlate by Winograd's algorithm where it suits, else by XLA's operation.
 
-    A stride along a row that is `cell` times as long, and a banded kernel, give `cell` pixels of a
-    row as channels, which is their order in memory. More operations, by `(cell - 1) stride / k`,
-    but in matrices that are large enough for XLA:CPU's fast products.
+    With few channels the operation computes several pixels at once: a stride along the row `cell`
+    times as long, and a banded kernel, give `cell` pixels of a row as channels, which is their
+    order in memory. There are more operations, by `(cell - 1) stride / k`, but in matrices large
+    enough for XLA:CPU's fast products.
     """
     if winograd.suits(x, kernel, stride, padding):
         return winograd.correlate(x, kernel)
@@ -136,7 +153,9 @@ def _correlate(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     if cell == 1:
         return _native(x, kernel, stride, padding)
     reach = (cell - 1) * stride + size
-    tap = np.arange(reach)[:, None] - stride * np.arange(cell)  # of input pixel i in output pixel o
+    # Entry [i, o]: the tap with which output pixel o reads input pixel i. `one_hot` turns taps that
+    # the kernel does not have into rows of zeros.
+    tap = np.arange(reach)[:, None] - stride * np.arange(cell)
     band = jax.nn.one_hot(tap, size, dtype=x.dtype)
     banded = jnp.einsum("iot,htxy->hixoy", band, kernel).reshape(size, reach, inputs, -1)
     y = lax.conv_general_dilated(
@@ -146,7 +165,10 @@ def _correlate(x: Array, kernel: Array, stride: int, padding: int) -> Array:
 
 
 def _cell(inputs: int, outputs: int, width: int) -> int:
-    """Pixels of a row to take at once: XLA:CPU is fast from 32 channels on, of three from 64 on."""
+    """Return how many pixels of a row to compute at once, a divisor of `width`.
+
+    XLA:CPU is fast from 32 output channels on, and with three input channels from 64 on.
+    """
     cell = min(8, max(1, (64 if inputs == 3 else 32) // outputs))
     while width % cell:
         cell -= 1
@@ -156,11 +178,11 @@ def _cell(inputs: int, outputs: int, width: int) -> int:
 def _input_gradient(
     gradient: Array, kernel: Array, stride: int, padding: int, shape: tuple[int, ...]
 ) -> Array:
-    """Gradient of an input whose map has this shape.
+    """Compute the gradient of an input whose map has this shape.
 
-    At stride 1 the output's, convolved with the flipped kernel. Else that gives all
-    `stride x stride` pixels of a cell of the input as channels, so that no zeros are multiplied
-    that stand between the output's pixels: output `i` reached input `n` through tap
+    At stride 1 it is the output's gradient convolved with the flipped kernel. At larger strides
+    one convolution gives all `stride x stride` pixels of a cell of the input as channels, so that
+    the zeros between the output's pixels are not multiplied. Output `i` reads input `n` through tap
     `n + padding - stride i`.
     """
     size = kernel.shape[0]
@@ -168,7 +190,7 @@ def _input_gradient(
         flipped = kernel[::-1, ::-1].swapaxes(2, 3)
         return _correlate(gradient, flipped, 1, size - 1 - padding)
     first, last = -((size - 1 - padding) // stride), (stride - 1 + padding) // stride
-    outputs = np.arange(first, last + 1)  # that reach a cell, counted from the cell's own number
+    outputs = np.arange(first, last + 1)  # outputs that read a cell, relative to the cell's index
     tap = np.arange(stride) + padding - stride * outputs[:, None]
     band = jax.nn.one_hot(tap, size, dtype=kernel.dtype)
     cells = jnp.einsum("uat,vbs,tsio->uvoabi", band, band, kernel)
@@ -184,10 +206,11 @@ def _input_gradient(
 
 
 def _kernel_gradient(x: Array, gradient: Array, size: int, stride: int, padding: int) -> Array:
-    """Gradient of the kernel, summed over blocks of images.
+    """Compute the gradient of the kernel, summed over blocks of images.
 
-    The input as image, its channels as batch, convolved with the output gradient as kernel, its
-    batch as channels. Both are transposed for that, which is cheapest where the cache holds them.
+    This is a convolution of the input, with its channels as batch, and the output's gradient as
+    kernel, with its batch as channels. Both are transposed for that, which is cheapest while they
+    fit in the cache, hence the blocks.
     """
     edges = [(padding, padding - (n + 2 * padding - size) % stride) for n in x.shape[1:3]]
 
@@ -202,7 +225,7 @@ def _kernel_gradient(x: Array, gradient: Array, size: int, stride: int, padding:
         )
         return taps.transpose(1, 2, 0, 3)
 
-    # Every `blocks`-th image, so that images that lie on several devices stay where they are.
+    # A block is a strided split, so that images on several devices need not move.
     blocks = x.shape[0] // winograd.divisor(x.shape[0], BLOCK)
     parts = (of_block(x[i::blocks], gradient[i::blocks]) for i in range(blocks))
     return sum(parts, jnp.zeros((), x.dtype))
@@ -211,11 +234,11 @@ def _kernel_gradient(x: Array, gradient: Array, size: int, stride: int, padding:
 _own_gradients.defvjp(_forward, _backward)
 
 
-def _folded(x: Array, kernel: Array, stride: int, padding: int, form: str) -> Array:
-    """A strided convolution as one of stride 1 on phases, so that no gradient meets zeros.
+def _folded(x: Array, kernel: Array, stride: int, padding: int, conv_impl: str) -> Array:
+    """Compute a strided convolution as one of stride 1, so that no gradient multiplies zeros.
 
-    The image's `stride x stride` cells become channels, and the kernel, made of whole cells, is
-    folded alike: `[k / stride, k / stride, stride stride in, out]`.
+    The image's `stride x stride` cells become channels. The kernel consists of whole cells and is
+    folded in the same way: `[k / stride, k / stride, stride stride in, out]`.
     """
     size, cells = kernel.shape[0], kernel.shape[0] // stride
     outputs = [(n + 2 * padding - size) // stride + 1 for n in x.shape[1:3]]
@@ -226,16 +249,17 @@ def _folded(x: Array, kernel: Array, stride: int, padding: int, form: str) -> Ar
     padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     folded = kernel.reshape(cells, stride, cells, stride, *kernel.shape[2:])
     folded = folded.transpose(0, 2, 1, 3, 4, 5).reshape(cells, cells, -1, kernel.shape[-1])
-    return convolve(_space_to_depth(padded, stride), folded, 1, 0, form)
+    return convolve(_space_to_depth(padded, stride), folded, 1, 0, conv_impl)
 
 
 def _doubled(x: Array, kernel: Array) -> Array:
-    """Kernel 4, stride 2, padding 1: one 2x2 convolution gives all four phases of the output.
+    """Compute the transposed convolution of kernel 4, stride 2, padding 1.
 
-    Along one axis, output `2i` reads inputs `i - 1, i` through taps 0, 2 and output `2i + 1`
-    reads `i, i + 1` through taps 1, 3. Counting outputs from -1 puts the odd one first in its
-    cell, which leaves one pixel to crop on each side. Patches are cheap here, being smaller than
-    the output, and measured 10 to 27 % faster than a convolution.
+    One 2x2 convolution gives all four phases of the output. Along one axis, output `2i` reads
+    inputs `i - 1, i` through taps 0, 2 and output `2i + 1` reads `i, i + 1` through taps 1, 3.
+    Counting outputs from -1 puts the odd one first in its cell, which leaves one pixel to crop on
+    each side. The patches are smaller than the output, so they are cheap; they measured 10 to 27 %
+    faster than a convolution.
     """
     features = kernel.shape[-1]
     phases = kernel.reshape(2, 2, 2, 2, -1, features)[:, ::-1, :, ::-1]
@@ -246,12 +270,14 @@ def _doubled(x: Array, kernel: Array) -> Array:
 
 
 def _space_to_depth(x: Array, cell: int) -> Array:
+    """Move the pixels of `cell x cell` cells to channels."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // cell, cell, width // cell, cell, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // cell, width // cell, -1)
 
 
 def _depth_to_space(x: Array, cell: int) -> Array:
+    """Undo `_space_to_depth`."""
     batch, height, width, _ = x.shape
     x = x.reshape(batch, height, width, cell, cell, -1).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, height * cell, width * cell, -1)

@@ -1,7 +1,7 @@
-"""Layers shared by all models: convolutions, batch norm, dense, and their initialisers.
+"""Layers of all models: convolutions, batch norm, dense, and their initialisers.
 
-Arithmetic follows the dtype of the input, parameters and statistics stay float32. Initialisers
-draw one flat vector and reshape it, because compiling a random draw costs time per 4-D shape.
+A layer computes in the dtype of its input; parameters and statistics stay float32. Initialisers
+draw one flat vector and reshape it, because compiling a random draw takes time for each 4-D shape.
 """
 
 import math
@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mosaic_jax.models.convolution import convolve, convolve_transposed, resolve_form
+from mosaic_jax.models.convolution import convolve, convolve_transposed, resolve_conv_impl
 from mosaic_jax.models.normalisation import (
     affine,
     batch_norm,
@@ -32,24 +32,27 @@ __all__ = [
     "head_logits",
     "normal",
     "normalise_images",
-    "resolve_form",
+    "resolve_conv_impl",
     "torch_uniform",
     "xavier_uniform",
 ]
 
 
 def torch_uniform(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-    """PyTorch's default: uniform in +-1/sqrt(fan_in), fan_in being all axes but the last."""
+    """Draw PyTorch's default, uniform in +-1/sqrt(fan_in); fan_in is all axes but the last."""
     return _flat_uniform(key, shape, 1 / math.sqrt(math.prod(shape[:-1])), dtype)
 
 
 def xavier_uniform(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-    """Uniform in +-sqrt(6 / (fan_in + fan_out)) for a matrix `[fan_in, fan_out]`."""
+    """Draw a matrix `[fan_in, fan_out]`, uniform in +-sqrt(6 / (fan_in + fan_out))."""
     return _flat_uniform(key, shape, math.sqrt(6 / (shape[-2] + shape[-1])), dtype)
 
 
 def normal(stddev: float, mean: float = 0.0) -> Initializer:
-    """N(mean, stddev^2); DCGAN's weights are N(0, 0.02^2), its batch-norm scales N(1, 0.02^2)."""
+    """Return the initialiser N(mean, stddev^2).
+
+    DCGAN's weights are N(0, 0.02^2), its batch-norm scales N(1, 0.02^2).
+    """
 
     def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         return mean + stddev * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
@@ -58,22 +61,29 @@ def normal(stddev: float, mean: float = 0.0) -> Initializer:
 
 
 def _flat_uniform(key: Array, shape: Sequence[int], bound: float, dtype: Any) -> Array:
+    """Draw uniformly in +-bound, as one flat vector that is then reshaped."""
     flat = jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound)
     return flat.reshape(shape)
 
 
 def normalise_images(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """Takes images in [-1, 1] to zero mean and unit variance per channel of the data set."""
+    """Normalise images in [-1, 1] by the data set's mean and std per channel.
+
+    `mean` and `std` are of images scaled to [0, 1].
+    """
     scale = 0.5 / jnp.asarray(std, jnp.float32)
     shift = (0.5 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
     return images * scale.astype(images.dtype) + shift.astype(images.dtype)
 
 
 def head_logits(params: PyTree, features: Array) -> Array:
-    """Applies a classifier's last layer to features `[..., d]`: logits `[..., classes]`.
+    """Apply a classifier's last layer to features `[..., d]`: logits `[..., classes]`.
 
-    Prototypes reach the experts this way (methods, section 8). `params` is the `params`
-    collection of any classifier in this package; all call their last layer `head`.
+    This gives the experts' logits of prototypes (methods, section 8).
+
+    Args:
+      params: collection `params` of any classifier; the last layer of all is named `head`.
+      features: `[..., d]`.
     """
     head = params["head"]
     return features @ head["kernel"].astype(features.dtype) + head["bias"].astype(features.dtype)
@@ -82,7 +92,7 @@ def head_logits(params: PyTree, features: Array) -> Array:
 class Conv(nn.Module):
     """Square convolution with symmetric integer padding; see `convolution.convolve`.
 
-    `capacity` is the share of the full width that a sub-model holds; its outputs are divided by it
+    `capacity` is the fraction of the full width that a sub-model holds. Outputs are divided by it
     (HeteroFL's scaler), so that they are as large as the full model's.
     """
 
@@ -90,17 +100,17 @@ class Conv(nn.Module):
     kernel_size: tuple[int, int] = (3, 3)
     strides: int = 1
     padding: int = 1
-    form: str = "auto"
+    conv_impl: str = "auto"
     kernel_init: Initializer = torch_uniform
     capacity: float = 1.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`[batch, height, width, in]` to `[batch, height', width', features]`."""
+        """Map `[batch, height, width, in]` to `[batch, height', width', features]`."""
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(x.dtype)
         kernel = kernel if self.capacity == 1 else kernel / self.capacity
-        return convolve(x, kernel, self.strides, self.padding, self.form)
+        return convolve(x, kernel, self.strides, self.padding, self.conv_impl)
 
 
 class ConvTranspose(nn.Module):
@@ -110,15 +120,15 @@ class ConvTranspose(nn.Module):
     kernel_size: tuple[int, int] = (4, 4)
     strides: int = 2
     padding: int = 1
-    form: str = "auto"
+    conv_impl: str = "auto"
     kernel_init: Initializer = torch_uniform
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`[batch, height, width, in]` to `[batch, (height - 1) stride + k - 2 padding, ...]`."""
+        """Map `[batch, height, ...]` to `[batch, (height - 1) stride + k - 2 padding, ...]`."""
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(x.dtype)
-        return convolve_transposed(x, kernel, self.strides, self.padding, self.form)
+        return convolve_transposed(x, kernel, self.strides, self.padding, self.conv_impl)
 
 
 class Dense(nn.Module):
@@ -130,7 +140,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`[..., in]` to `[..., features]`."""
+        """Map `[..., in]` to `[..., features]`."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias_init = self.bias_init or _bias_init(x.shape[-1])
         bias = self.param("bias", bias_init, (self.features,))
@@ -138,6 +148,8 @@ class Dense(nn.Module):
 
 
 def _bias_init(fan_in: int) -> Initializer:
+    """Return PyTorch's default initialiser of a bias, uniform in +-1/sqrt(fan_in)."""
+
     def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         return _flat_uniform(key, shape, 1 / math.sqrt(fan_in), dtype)
 
@@ -145,24 +157,26 @@ def _bias_init(fan_in: int) -> Initializer:
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over all axes but the last, that can leave padded examples out.
+    """Batch norm over all axes but the last, with a mask for padded examples.
 
-    Keeps Flax's conventions: `scale` and `bias` in `params`, `mean` and biased `var` in
+    Names and update follow Flax: `scale` and `bias` in `params`, `mean` and biased `var` in
     `batch_stats`, new = momentum * old + (1 - momentum) * batch. A batch whose mask is all zero
-    leaves the statistics alone.
+    does not change the statistics. `conv_impl` selects the implementation that is faster beside
+    convolutions of that kind.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
-    form: str = "auto"
+    conv_impl: str = "auto"
     scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: Array, train: bool, mask: Array | None = None) -> Array:
-        """Normalises `[batch, ..., channels]`; `mask` is `[batch]`, 1 for a real example.
+        """Normalise `[batch, ..., channels]`; `mask` is `[batch]`, 1 for a real example.
 
-        In eval mode, with the collection `inversion` mutable, sows under `distance` how far the
-        batch's own statistics lie from the running ones (DeepInversion, methods, section 7).
+        In eval mode, if the collection `inversion` is mutable, the layer sows `distance` there:
+        the distance of the batch's statistics from the running ones (DeepInversion, methods,
+        section 7).
         """
         channels = x.shape[-1:]
         scale = self.param("scale", self.scale_init, channels)
@@ -177,7 +191,7 @@ class BatchNorm(nn.Module):
                 self.sow("inversion", "distance", distance)
             factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
             return affine(x, running_mean.value, factor, bias)
-        if resolve_form(self.form) == "native":
+        if resolve_conv_impl(self.conv_impl) == "native":
             about = running_mean.value
             y, mean, var = plain_batch_norm(x, scale, bias, weights, self.epsilon, about)
         else:
@@ -190,6 +204,8 @@ class BatchNorm(nn.Module):
 
 
 def _norm(vector: Array) -> Array:
-    """Euclidean norm whose gradient at zero is zero, not NaN."""
+    """Return the Euclidean norm, whose gradient at zero is zero here."""
     square = jnp.sum(vector**2)
+    # Both branches of `where` are differentiated, so the root must not see the zero either: its
+    # gradient there is infinite and would become NaN.
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)

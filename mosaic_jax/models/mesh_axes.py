@@ -1,4 +1,4 @@
-"""Arrays inside `shard_map`, for gradient rules of one's own."""
+"""Marks on arrays inside `shard_map`, for custom gradient rules."""
 
 from jax import lax, typeof
 
@@ -6,10 +6,11 @@ from mosaic_jax.types import Array
 
 
 def same_mesh_axes(*arrays: Array) -> tuple[Array, ...]:
-    """Inside `shard_map`, marks all arrays as varying over the same mesh axes.
+    """Mark all arrays as varying over the same mesh axes, inside `shard_map`.
 
-    A gradient rule of one's own must return what varies like its argument; with the mark outside
-    the rule, autodiff adds the sum over devices that a replicated kernel needs.
+    The gradient that a custom rule returns must vary over the same axes as its argument. Because
+    the mark is set outside the rule, autodiff adds the sum over devices that the gradient of a
+    replicated kernel needs.
     """
     axes = frozenset().union(*map(_varying, arrays))
 
@@ -21,4 +22,5 @@ def same_mesh_axes(*arrays: Array) -> tuple[Array, ...]:
 
 
 def _varying(array: Array) -> frozenset[str]:
+    """Return the mesh axes over which an array varies."""
     return typeof(array).manual_axis_type.varying

@@ -1,12 +1,13 @@
-"""The meta model that fuses the experts' logits into the teacher's (methods, sections 3 and 8).
+"""Meta model that fuses the experts' logits into the teacher's (methods, sections 3 and 8).
 
-A small post-norm transformer whose tokens are the experts. The reference cannot know which expert
-is which, because it shares one embedding and pools over tokens; a learned vector per expert,
-`expert_embedding`, mends that.
+The meta model is a small post-norm transformer whose tokens are the experts. The reference cannot
+tell the experts apart, because it uses one embedding for all and pools over tokens. Here each
+expert has a learned vector, `expert_embedding`.
 """
 
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,20 +17,21 @@ from mosaic_jax.types import Array
 
 
 class MetaModel(nn.Module):
-    """Expert logits to fused logits; one encoder and one decoder layer, source = target.
+    """Transformer from expert logits to fused logits.
 
-    Tokens are pooled by their mean. The reference sums ten tokens and averages a hundred; the
-    layer that follows is linear, so the two differ only in the scale of its learning rate, and
-    the mean keeps logits comparable whatever the number of experts.
+    It has one encoder and one decoder layer with the same tokens as source and target. Tokens are
+    pooled by their mean. The reference sums ten tokens and averages a hundred. The next layer is
+    linear, so the two differ only in the scale of its learning rate. With the mean, logits are
+    comparable for any number of experts.
 
     Attributes:
-      num_classes: classes, C.
-      experts: tokens.
+      num_classes: number of classes, C.
+      experts: number of experts, which are the tokens.
       width_per_class: the model is `width_per_class * C` wide.
       heads: attention heads; None means C, as in the reference.
       feedforward: hidden width of the position-wise network.
       dropout: rate, everywhere `torch.nn.Transformer` has it.
-      expert_embedding: whether every expert has a learned vector of its own.
+      expert_embedding: whether every expert has a learned vector.
     """
 
     num_classes: int
@@ -42,7 +44,12 @@ class MetaModel(nn.Module):
 
     @nn.compact
     def __call__(self, expert_logits: Array, train: bool = False) -> Array:
-        """`[batch, experts, classes]` to logits `[batch, classes]`; rng `dropout` in training."""
+        """Fuse `[batch, experts, classes]` to logits `[batch, classes]`.
+
+        Training needs the rng `dropout`.
+        """
+        # A single expert would broadcast against the embeddings of all without an error.
+        chex.assert_shape(expert_logits, (None, self.experts, self.num_classes))
         width, heads = self.width_per_class * self.num_classes, self.heads or self.num_classes
         tokens = Dense(width, name="embed")(expert_logits)
         if self.expert_embedding:
@@ -64,7 +71,7 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        """`[batch, tokens, width]` to the same."""
+        """Map `[batch, tokens, width]` to the same shape."""
         attend = Attention(self.heads, self.dropout, name="self_attention")
         x = _layer_norm("norm1")(x + attend(x, x, train))
         work = FeedForward(self.feedforward, self.dropout, name="feedforward")
@@ -80,7 +87,7 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, memory: Array, train: bool) -> Array:
-        """`[batch, tokens, width]` twice to the same."""
+        """Map two arrays `[batch, tokens, width]` to one of the same shape."""
         attend = Attention(self.heads, self.dropout, name="self_attention")
         x = _layer_norm("norm1")(x + attend(x, x, train))
         consult = Attention(self.heads, self.dropout, name="cross_attention")
@@ -97,9 +104,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, memory: Array, train: bool) -> Array:
-        """Queries from `x` `[batch, queries, width]`, keys and values from `memory`."""
+        """Attend from `x` `[batch, queries, width]` to `memory` `[batch, keys, width]`."""
         width = x.shape[-1]
-        # One matrix for all three projections, as the Xavier bound depends on its shape.
+        # The Xavier bound depends on the shape, so one matrix holds all three projections, as in
+        # PyTorch.
         kernel = self.param("kernel", xavier_uniform, (width, 3 * width)).astype(x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (3 * width,)).astype(x.dtype)
         query = self._split(x @ kernel[:, :width] + bias[:width])
@@ -112,6 +120,7 @@ class Attention(nn.Module):
         return nn.Dropout(self.dropout, deterministic=not train)(mixed)
 
     def _split(self, x: Array) -> Array:
+        """Split the last axis into heads: `[batch, tokens, heads, width / heads]`."""
         return x.reshape(*x.shape[:2], self.heads, -1)
 
 
@@ -123,7 +132,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        """`[batch, tokens, width]` to the same."""
+        """Map `[batch, tokens, width]` to the same shape."""
         hidden = nn.relu(Dense(self.features, xavier_uniform, name="hidden")(x))
         hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
         y = Dense(x.shape[-1], xavier_uniform, name="out")(hidden)
@@ -131,4 +140,5 @@ class FeedForward(nn.Module):
 
 
 def _layer_norm(name: str) -> nn.LayerNorm:
+    """Return a layer norm with PyTorch's epsilon."""
     return nn.LayerNorm(epsilon=1e-5, name=name)

@@ -1,7 +1,7 @@
 """Residual classifiers for small images (methods, section 3), after He et al. 2016.
 
-Depths 18, 34 and 50 have the CIFAR layout of the Mosaic reference with global average pooling;
-depth 8 is the three-stage CIFAR ResNet with one block a stage, for runs on a CPU.
+Depths 18, 34 and 50 have the CIFAR layout of the Mosaic reference with global average pooling.
+Depth 8 is the three-stage CIFAR ResNet with one block per stage, for runs on a CPU.
 """
 
 from dataclasses import dataclass
@@ -10,40 +10,43 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mosaic_jax.models.layers import BatchNorm, Conv, Dense, normalise_images
-from mosaic_jax.models.submodel import Streams, share
+from mosaic_jax.models.submodel import ChannelGroups, num_channels
 from mosaic_jax.types import Array, Outputs
 
 BLOCKS = {8: (1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-"""Depth to blocks per stage; stage s is `width * 2**s` wide and halves the map from s = 1 on."""
+"""Depth -> blocks per stage. Stage s is `width * 2**s` wide and halves the map from s = 1 on."""
 
 
 class ResNet(nn.Module):
-    """Post-activation ResNet on images in [-1, 1]."""
+    """Post-activation ResNet on images in [-1, 1].
+
+    `capacity` is the fraction of the full width that a sub-model holds.
+    """
 
     num_classes: int
     depth: int = 18
     width: int = 64
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
-    form: str = "auto"
+    conv_impl: str = "auto"
     dtype: str = "float32"
     capacity: float = 1.0
 
     @property
     def bottleneck(self) -> bool:
-        """Whether blocks are of three convolutions, with an output four times as wide."""
+        """Return whether blocks have three convolutions and an output four times as wide."""
         return self.depth == 50
 
     def blocks(self) -> list[tuple[int, int, bool]]:
-        """Of each block: its stage, counted from 0, its number there, and whether it projects."""
+        """Return for each block its stage, its index in the stage, and whether it projects."""
         return [
             (stage, index, index == 0 and (stage > 0 or self.bottleneck))
             for stage, blocks in enumerate(BLOCKS[self.depth])
             for index in range(blocks)
         ]
 
-    def streams(self) -> Streams:
-        """See `submodel.Streams`: one a stage, of all that its shortcuts add, and inner ones."""
+    def channel_groups(self) -> ChannelGroups:
+        """Return the groups: one per stage for all that its shortcuts add, and the inner ones."""
         stem = "stem" if self.bottleneck else "stage1"
         layers: dict[str, tuple[str | None, str | None]] = {"stem": (None, stem)}
         layers["stem_norm"] = (None, stem)
@@ -63,9 +66,12 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Outputs:
-        """Classifies `[batch, height, width, channels]`; `mask` `[batch]` marks real examples."""
+        """Classify images `[batch, height, width, channels]` in [-1, 1].
+
+        `mask` `[batch]` is 1 for a real example and 0 for padding.
+        """
         x = normalise_images(images, self.mean, self.std).astype(self.dtype)
-        layers = Layers(self.form, self.capacity)
+        layers = Layers(self.conv_impl, self.capacity)
         x = layers.conv(self.width, name="stem")(x)
         x = nn.relu(layers.norm(name="stem_norm")(x, train, mask))
         block = BottleneckBlock if self.bottleneck else BasicBlock
@@ -79,30 +85,33 @@ class ResNet(nn.Module):
 
 @dataclass(frozen=True)
 class Layers:
-    """Makes the layers of one network: all of one form and capacity."""
+    """Factory of the layers of one network, which have one implementation and capacity."""
 
-    form: str
+    conv_impl: str
     capacity: float
 
     def conv(self, features: int, size: int = 3, strides: int = 1, name: str | None = None) -> Conv:
-        """A convolution that keeps the map at stride 1; `features` of the whole model."""
+        """Return a convolution that keeps the map's size at stride 1.
+
+        `features` is the number of output channels of the whole model.
+        """
         return Conv(
-            share(features, self.capacity),
+            num_channels(features, self.capacity),
             (size, size),
             strides,
             size // 2,
-            self.form,
+            self.conv_impl,
             capacity=self.capacity,
             name=name,
         )
 
     def norm(self, name: str) -> BatchNorm:
-        """A batch norm."""
-        return BatchNorm(form=self.form, name=name)
+        """Return a batch norm."""
+        return BatchNorm(conv_impl=self.conv_impl, name=name)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; `features` wide."""
+    """Block of two 3x3 convolutions beside a shortcut, `features` wide."""
 
     features: int
     strides: int
@@ -111,7 +120,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
-        """`[batch, height, width, in]` to `[batch, height / strides, ..., features]`."""
+        """Map `[batch, height, width, in]` to `[batch, height / strides, ..., features]`."""
         conv, norm = self.layers.conv, self.layers.norm
         y = conv(self.features, strides=self.strides, name="conv1")(x)
         y = nn.relu(norm(name="norm1")(y, train, mask))
@@ -125,7 +134,10 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut; the output is `4 * features` wide."""
+    """Block of 1x1, 3x3 and 1x1 convolutions beside a shortcut.
+
+    The output is `4 * features` wide.
+    """
 
     features: int
     strides: int
@@ -134,7 +146,7 @@ class BottleneckBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
-        """`[batch, height, width, in]` to `[batch, height / strides, ..., 4 features]`."""
+        """Map `[batch, height, width, in]` to `[batch, height / strides, ..., 4 features]`."""
         conv, norm, wide = self.layers.conv, self.layers.norm, 4 * self.features
         y = conv(self.features, 1, name="conv1")(x)
         y = nn.relu(norm(name="norm1")(y, train, mask))
@@ -148,7 +160,7 @@ class BottleneckBlock(nn.Module):
 
 
 class Projection(nn.Module):
-    """The shortcut where the stride or the width changes: 1x1 convolution and batch norm."""
+    """Shortcut where the stride or the width changes: 1x1 convolution and batch norm."""
 
     features: int
     strides: int
@@ -156,6 +168,6 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
-        """`[batch, height, width, in]` to `[batch, height / strides, ..., features]`."""
+        """Map `[batch, height, width, in]` to `[batch, height / strides, ..., features]`."""
         y = self.layers.conv(self.features, 1, self.strides, name="conv")(x)
         return self.layers.norm(name="norm")(y, train, mask)

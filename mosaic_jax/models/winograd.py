@@ -1,11 +1,11 @@
 """Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray 2016) for CPUs, in blocks of images.
 
-A 3x3 convolution of stride 1 and padding 1 as 16 matrix products over tiles of 2x2 outputs: 16
-multiplications a channel where the plain form takes 36. With d a 4x4 tile of the input, g a kernel
-and * elementwise, summed over channels, Y = A^T [(G g G^T) * (B^T d B)] A. The kernel's gradient is
-G^T [(B^T d B) * (A dY A^T)] G, summed over tiles. The transforms are sums of neighbours; they pay
-only while their results stay in the cache, hence the blocks. Differs from the plain form by
-rounding alone: at most 6e-6 of its largest value was seen.
+A 3x3 convolution of stride 1 and padding 1 becomes 16 matrix products over tiles of 2x2 outputs:
+16 multiplications per channel instead of 36. With d a 4x4 tile of the input, g a kernel and *
+elementwise, summed over channels, Y = A^T [(G g G^T) * (B^T d B)] A. The kernel's gradient is
+G^T [(B^T d B) * (A dY A^T)] G, summed over tiles. The transforms are sums of neighbours. They pay
+off only while their results stay in the cache, hence the blocks. The result differs from that of
+the plain algorithm by rounding only; the largest difference seen was 6e-6 of the largest value.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,20 @@ from mosaic_jax.models.mesh_axes import same_mesh_axes
 from mosaic_jax.types import Array
 
 FEWEST_CHANNELS = 64
-"""In and out; with fewer the transforms cost nearly what the products save."""
+"""Smallest number of input and of output channels.
+
+With fewer, the transforms cost nearly what the products save.
+"""
 
 BLOCK_VALUES = 2**17
-"""Values of an input whose 16 transforms, four times as many, a core's cache holds. A whole batch
-of fewer is not worth the longer compilation."""
+"""Number of input values whose 16 transforms, four times as large, fit in a core's cache.
+
+For a batch with fewer values the longer compilation is not worth it.
+"""
 
 
 def suits(x: Array, kernel: Array, stride: int, padding: int) -> bool:
-    """Whether a convolution `[batch, h, w, in]` with `[3, 3, in, out]` should be done this way."""
+    """Return whether to convolve `[batch, h, w, in]` with `[k, k, in, out]` this way."""
     return (
         kernel.shape[:2] == (3, 3)
         and (stride, padding) == (1, 1)
@@ -38,14 +43,15 @@ def suits(x: Array, kernel: Array, stride: int, padding: int) -> bool:
 
 
 def correlate(x: Array, kernel: Array) -> Array:
-    """The convolution: `[batch, h, w, in]` with `[3, 3, in, out]` to `[batch, h, w, out]`."""
+    """Correlate `[batch, h, w, in]` with `[3, 3, in, out]`: `[batch, h, w, out]`."""
     return _over_tiles(x, [part[0, 0] for part in _transformed(_kernel_taps, kernel, 0)], 0)
 
 
 def input_gradient(gradient: Array, kernel: Array) -> Array:
-    """Gradient `[batch, h, w, in]` of the input; `gradient` `[batch, h, w, out]` is the output's.
+    """Compute the input's gradient `[batch, h, w, in]` from the output's `[batch, h, w, out]`.
 
-    The convolution with the flipped kernel, whose transform has ends that change places.
+    It is the convolution with the flipped kernel. Flipping swaps the first and last entries of the
+    kernel's transform.
     """
 
     def flipped(kernel: Array, axis: int) -> list[Array]:
@@ -56,12 +62,12 @@ def input_gradient(gradient: Array, kernel: Array) -> Array:
 
 
 def _over_tiles(x: Array, matrices: list[Array], axis: int) -> Array:
-    """Tiles of the input times the transformed kernel's matrices, over blocks of images.
+    """Multiply tiles of the input by the transformed kernel's matrices, over blocks of images.
 
     Args:
       x: `[batch, h, w, channels]`.
       matrices: 16, each `[in, out]`.
-      axis: of the matrices that the channels of `x` are summed along.
+      axis: axis of the matrices that is summed with the channels of `x`.
     """
 
     def of_block(x: Array) -> Array:
@@ -85,7 +91,7 @@ def _over_tiles(x: Array, matrices: list[Array], axis: int) -> Array:
 
 
 def kernel_gradient(x: Array, gradient: Array) -> Array:
-    """Gradient `[3, 3, in, out]` of the kernel; `gradient` `[batch, h, w, out]` is the output's."""
+    """Compute the kernel's gradient `[3, 3, in, out]` from the output's `[batch, h, w, out]`."""
     matrices = (x.shape[-1], gradient.shape[-1])
 
     def of_block(x: Array, gradient: Array) -> list[Array]:
@@ -110,39 +116,41 @@ def kernel_gradient(x: Array, gradient: Array) -> Array:
 
 
 def _block(x: Array, matrix: tuple[int, ...]) -> int:
-    """Images in a block: a divisor of the batch near what the cache holds.
+    """Return the images per block, a divisor of the batch near what fits in the cache.
 
-    At least enough for matrices of four times as many rows as channels.
+    The aim is at least so many that matrices have four times as many rows as channels.
     """
     pixels, channels = x.shape[1] * x.shape[2], max(matrix)
     return divisor(len(x), max(BLOCK_VALUES / (pixels * x.shape[-1]), 4 * channels / pixels))
 
 
-def divisor(number: int, near: float) -> int:
-    """The divisor that is nearest, by ratio."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
+def divisor(value: int, near: float) -> int:
+    """Return the divisor of `value` whose ratio to `near` is closest to one."""
+    divisors = [n for n in range(1, value + 1) if value % n == 0]
     return min(divisors, key=lambda n: abs(log(n / near)))
 
 
 def _blocks(x: Array, images: int) -> Array:
-    """`[images, blocks, ...]`: a block is every so-manieth image.
+    """Split a batch into `[images, blocks, ...]`.
 
-    So that a batch that is split over devices stays where it is.
+    Block i holds images i, i + blocks, i + 2 blocks, ... (a strided split), so that a batch that is
+    sharded over devices need not move.
     """
     return x.reshape(images, -1, *x.shape[1:])
 
 
 def _framed(x: Array) -> Array:
+    """Pad images with a frame of zeros, one pixel wide."""
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
 def _transformed(taps: Callable[[Array, int], list[Array]], x: Array, axis: int) -> list[Array]:
-    """A transform along an axis and the next one: 16 arrays, row by row."""
+    """Transform along an axis and the next one: 16 arrays, row by row."""
     return [column for row in taps(x, axis) for column in taps(row, axis + 1)]
 
 
 def _input_taps(x: Array, axis: int) -> list[Array]:
-    """B^T d of all tiles along one axis, which overlap by two."""
+    """Compute B^T d of all tiles along one axis; tiles overlap by two."""
     even, odd = _pairs(x, axis)
     last = even.shape[axis] - 1
     x0, x1 = (lax.slice_in_dim(part, 0, last, axis=axis) for part in (even, odd))
@@ -151,20 +159,20 @@ def _input_taps(x: Array, axis: int) -> list[Array]:
 
 
 def _kernel_taps(kernel: Array, axis: int) -> list[Array]:
-    """G g along one axis of three, which keeps one entry."""
+    """Compute G g along one axis of length three, which is kept with length one."""
     first, middle, last = (lax.index_in_dim(kernel, i, axis) for i in range(3))
     ends, centre = (first + last) / 2, middle / 2
     return [first, ends + centre, ends - centre, last]
 
 
 def _output_taps(y: Array, axis: int) -> list[Array]:
-    """A dY of all tiles along one axis."""
+    """Compute A dY of all tiles along one axis."""
     even, odd = _pairs(y, axis)
     return [even, even + odd, even - odd, -odd]
 
 
 def _outputs(products: list[Array]) -> Array:
-    """A^T m A of all tiles, `[batch, h / 2, w / 2, out]` each, put together."""
+    """Compute A^T m A of all tiles `[batch, h / 2, w / 2, out]` and assemble the output."""
     rows = [_halves(*products[4 * i : 4 * i + 4]) for i in range(4)]
     first, second = (_halves(*column) for column in zip(*rows, strict=True))
     pairs = [jnp.stack(row, axis=3) for row in zip(first, second, strict=True)]
@@ -174,25 +182,25 @@ def _outputs(products: list[Array]) -> Array:
 
 
 def _halves(m0: Array, m1: Array, m2: Array, m3: Array) -> tuple[Array, Array]:
-    """A^T m."""
+    """Compute A^T m."""
     return m0 + m1 + m2, m1 - m2 - m3
 
 
 def _kernel(products: list[Array]) -> Array:
-    """G^T u G, `[3, 3, in, out]`."""
+    """Compute G^T u G, `[3, 3, in, out]`."""
     rows = [_thirds(*products[4 * i : 4 * i + 4]) for i in range(4)]
     columns = [_thirds(*column) for column in zip(*rows, strict=True)]
     return jnp.stack([jnp.stack(row) for row in zip(*columns, strict=True)])
 
 
 def _thirds(u0: Array, u1: Array, u2: Array, u3: Array) -> tuple[Array, Array, Array]:
-    """G^T u."""
+    """Compute G^T u."""
     ends = (u1 + u2) / 2
     return u0 + ends, (u1 - u2) / 2, ends + u3
 
 
 def _pairs(x: Array, axis: int) -> tuple[Array, Array]:
-    """Entries of even and of odd number along an axis of even length."""
+    """Return the entries of even and of odd index along an axis of even length."""
     pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
     return (
         lax.index_in_dim(pairs, 0, axis + 1, keepdims=False),

@@ -1,9 +1,9 @@
-"""Batch-norm statistics of models that were put together from sub-models.
+"""Calibration: batch-norm statistics of models that were averaged from sub-models.
 
-A narrow client's layers have fewer inputs, so its running statistics are not those of the whole
-model, and their average leaves a model at chance that classifies well on statistics of its own. So
-the clients of a round run the whole model on a batch of their images, forward only, and the server
-averages its means and second moments (HeteroFL's static batch norm).
+A narrow client's layers have fewer inputs, so its running statistics do not fit the whole model.
+With averaged statistics the whole model performs at chance, although it classifies well once its
+own statistics are recomputed. So the clients of a round run the whole model on a batch of their
+images, forward only, and the server averages the means and second moments (HeteroFL's sBN).
 """
 
 from collections.abc import Callable
@@ -12,72 +12,84 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mosaic_jax import rng
-from mosaic_jax.data.clients import epoch_batch, to_float
+from mosaic_jax import rng, trees
+from mosaic_jax.data.batches import ClientLists, epoch_batch, to_float
+from mosaic_jax.federation import Federation
 from mosaic_jax.models.layers import BatchNorm
-from mosaic_jax.stages.federation import Federation, num_bytes
+from mosaic_jax.stages.cohort import Cohort
+from mosaic_jax.stages.local_update import RoundInputs
 from mosaic_jax.types import Array, PyTree, Variables
 
+Calibrate = Callable[
+    [Variables, Variables | None, RoundInputs, Cohort], tuple[Variables, Variables | None]
+]
 
-def model_bytes(federation: Federation) -> tuple[int, int]:
-    """Bytes a client receives and sends to calibrate one model; 0 where none is calibrated."""
+
+def calibration_bytes(federation: Federation) -> tuple[int, int]:
+    """Return the bytes a client receives and sends to calibrate one model; 0 if none is."""
     if not federation.has_submodels:
         return 0, 0
-    shapes = federation.shapes(federation.model)
-    return num_bytes(shapes), num_bytes(shapes["batch_stats"])
+    shapes = federation.classifier.abstract_variables()
+    return trees.num_bytes(shapes), trees.num_bytes(shapes["batch_stats"])
 
 
-def calibrator(federation: Federation) -> Callable[..., tuple[Variables, Variables | None]]:
-    """Compile `calibrate(model, others [models, ...], shared, cohort) -> (model, others)`.
+def calibrator(federation: Federation) -> Calibrate:
+    """Compile `calibrate(model, others [models, ...], inputs, cohort) -> (model, others)`.
 
-    `others` may be None; `shared` has "data" and a "key"; the columns of the cohort's weights are
-    the model's and the others', in order.
+    `others` may be None; the columns of the cohort's weights are the model's and the others', in
+    order.
     """
 
-    def one_client(shared: PyTree, client: PyTree) -> tuple[PyTree, tuple[()]]:
-        key = rng.fold(shared["key"], client["id"])
-        positions, mask = epoch_batch(client, 0, key, federation.batch_size)
-        images = to_float(federation.taken(shared["data"], positions))
+    def one_client(
+        shared: tuple[RoundInputs, Variables], client: ClientLists
+    ) -> tuple[PyTree, tuple[()]]:
+        inputs, models = shared
+        key = rng.fold(inputs.key, client.id)
+        positions, mask = epoch_batch(
+            client.index, client.size, step=0, key=key, batch_size=federation.batch_size
+        )
+        images = to_float(inputs.data.gather(positions))
 
-        def of_model(model: Variables) -> PyTree:
+        def moments(model: Variables) -> PyTree:
             return _moments(batch_statistics(federation, model, images, mask))
 
-        return jax.lax.map(of_model, shared["models"]), ()
+        return jax.lax.map(moments, models), ()
 
-    reduce = federation.reduce(one_client)
+    reduce = federation.layout.reduce_clients(one_client)
 
     def calibrate(
-        model: Variables, others: Variables | None, shared: PyTree, cohort: PyTree
+        model: Variables, others: Variables | None, inputs: RoundInputs, cohort: Cohort
     ) -> tuple[Variables, Variables | None]:
-        stacks = [jax.tree.map(lambda leaf: leaf[None], model)]
-        stacks += [] if others is None else [others]
-        models = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
-        ids, weights = (jnp.concatenate(cohort[name]) for name in ("ids", "weights"))
-        clients = jax.tree.map(lambda leaf: leaf[ids], cohort["lists"])
-        sums, _ = reduce(shared | {"models": models}, clients, weights)
-        own = jnp.arange(weights.shape[1])
-        moments = jax.tree.map(lambda leaf: leaf[own, own], sums)
+        models = trees.concatenate(trees.expand(model), *([] if others is None else [others]))
+        ids, weights = jnp.concatenate(cohort.group_ids), jnp.concatenate(cohort.group_weights)
+        sums, _ = reduce((inputs, models), trees.take(cohort.lists, ids), weights)
+        # Column m of the weights belongs to model m.
+        column = jnp.arange(weights.shape[1])
+        moments = jax.tree.map(lambda leaf: leaf[column, column], sums)
         models = {**models, "batch_stats": _statistics(moments)}
-        first = jax.tree.map(lambda leaf: leaf[0], models)
-        rest = None if others is None else jax.tree.map(lambda leaf: leaf[1:], models)
-        return federation.everywhere(first), federation.spread(rest)
+        rest = None if others is None else trees.take(models, slice(1, None))
+        layout = federation.layout
+        return layout.replicate(trees.take(models, 0)), layout.shard_clients(rest)
 
-    return federation.jit(calibrate)
+    return federation.layout.jit(calibrate)
 
 
 def batch_statistics(
     federation: Federation, model: Variables, images: Array, mask: Array
 ) -> PyTree:
-    """Means and variances of every batch norm over one batch, in the shape of "batch_stats"."""
+    """Return means and variances of every batch norm over one batch, in the form of "batch_stats".
+
+    From statistics 0, one update of the running ones is (1 - momentum) times the batch's.
+    """
     zeros = jax.tree.map(jnp.zeros_like, model["batch_stats"])
-    _, updated = federation.model.apply(
+    _, updated = federation.classifier.module.apply(
         {**model, "batch_stats": zeros}, images, train=True, mask=mask, mutable=["batch_stats"]
     )
     return jax.tree.map(lambda leaf: leaf / (1 - BatchNorm.momentum), updated["batch_stats"])
 
 
 def _moments(statistics: PyTree) -> PyTree:
-    """Variances as second moments, which can be averaged."""
+    """Turn variances into second moments, which can be averaged."""
     leaves = flatten_dict(statistics)
     return unflatten_dict(
         {p: x + leaves[(*p[:-1], "mean")] ** 2 if p[-1] == "var" else x for p, x in leaves.items()}
@@ -85,7 +97,7 @@ def _moments(statistics: PyTree) -> PyTree:
 
 
 def _statistics(moments: PyTree) -> PyTree:
-    """`_moments` undone."""
+    """Turn second moments back into variances."""
     leaves = flatten_dict(moments)
 
     def undone(path: tuple[str, ...], leaf: Array) -> Array:

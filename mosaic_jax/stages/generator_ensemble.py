@@ -1,4 +1,4 @@
-"""The ensemble of the uploaded generators: what the server draws images from, never averaged."""
+"""The ensemble of the uploaded generators, from which the server samples images; never averaged."""
 
 from collections.abc import Callable
 from typing import cast
@@ -6,18 +6,19 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from mosaic_jax import rng
+from mosaic_jax import rng, trees
+from mosaic_jax.federation import Federation
 from mosaic_jax.models import Generator
-from mosaic_jax.stages.federation import Federation
-from mosaic_jax.types import Array, PyTree, UserError, Variables
+from mosaic_jax.types import Array, UserError, Variables
 
 FEWEST, MOST = 16, 256
-"""Generators that a step asks, if the user does not say how many."""
+"""Range of the number of generators that a step samples, if no setting says it."""
 
 
-def build(federation: Federation, latent: int | None = None) -> Generator:
-    """The generator of images of the federation's data set; `latent` in place of its setting."""
+def build_generator(federation: Federation, latent: int | None = None) -> Generator:
+    """Build the generator of the data set's images; `latent` in place of its setting."""
     settings = federation.config.generator_optimization
     height, _, channels = federation.dataset.image_shape
     return Generator(
@@ -25,32 +26,46 @@ def build(federation: Federation, latent: int | None = None) -> Generator:
         channels=channels,
         width=settings.width,
         latent=latent or settings.latent,
-        form=federation.config.model.conv,
+        conv_impl=federation.config.model.conv,
         dtype=federation.config.model.dtype,
     )
 
 
+def upload_shapes(federation: Federation) -> Variables:
+    """Return the shapes of the generator that a client uploads."""
+    z = jnp.zeros((1, federation.config.generator_optimization.latent))
+    return cast(Variables, jax.eval_shape(build_generator(federation).init, jax.random.key(0), z))
+
+
+class Upload(struct.PyTreeNode):
+    """One client's uploaded generator, and its id."""
+
+    client_id: Array
+    generator: Variables
+
+
 def sampler(federation: Federation, images: int) -> Callable[[Variables, Array, Array], Array]:
-    """`(generators [n, ...], key, clients [n]) -> images [n, images, h, w, c]` in [-1, 1].
+    """Return `(generators [n, ...], key, ids [n]) -> images [n, images, h, w, c]` in [-1, 1].
 
     Each generator draws with its client's own key.
     """
-    generator, latent = build(federation), federation.config.generator_optimization.latent
+    generator = build_generator(federation)
+    latent = federation.config.generator_optimization.latent
 
-    def of_client(key: Array, client: PyTree) -> Array:
-        z = jax.random.normal(rng.fold(key, client["id"]), (images, latent))
-        return cast(Array, generator.apply(client["generator"], z))
+    def of_client(key: Array, upload: Upload) -> Array:
+        z = jax.random.normal(rng.fold(key, upload.client_id), (images, latent))
+        return cast(Array, generator.apply(upload.generator, z))
 
-    mapped = federation.map(of_client)
+    mapped = federation.layout.map_clients(of_client)
 
-    def draw(generators: Variables, key: Array, clients: Array) -> Array:
-        return cast(Array, mapped(key, {"id": clients, "generator": generators}))
+    def draw(generators: Variables, key: Array, client_ids: Array) -> Array:
+        return cast(Array, mapped(key, Upload(client_ids, generators)))
 
     return draw
 
 
-def shares(sizes: np.ndarray, batch: int) -> np.ndarray:
-    """Images of each generator in a batch: one each, the rest in proportion to n_i.
+def images_per_generator(sizes: np.ndarray, batch: int) -> np.ndarray:
+    """Divide a batch among generators: one image each, the rest in proportion to n_i.
 
     Args:
       sizes: images n_i of each client, int [clients].
@@ -66,77 +81,82 @@ def shares(sizes: np.ndarray, batch: int) -> np.ndarray:
 
 
 class Ensemble:
-    """Batches of generated images, shared out by the clients' numbers of images n_i.
+    """Batches of generated images, divided by the clients' numbers of images n_i.
 
-    The reference gives every generator the same share, so that one of 60 images, which has learnt
-    little, is heard like one of 1,500. Of many clients each step asks some: they are cut into as
-    many blocks of neighbours, and one of each block draws the block's share, chosen in proportion
-    to n_i; so a block's generators stay on their device.
+    In the reference every generator has the same share, so a generator trained on 60 images weighs
+    as much as one trained on 1,500. With many clients, sampling is stratified: clients are split
+    into contiguous strata, and one generator a stratum, drawn in proportion to n_i, produces that
+    stratum's images. So a stratum's generators stay on their device.
 
     Args:
       federation: clients and generators.
-      images: of each generator that is asked, on average.
+      images: of each sampled generator, on average.
 
     Attributes:
-      blocks: how many generators a step asks.
-      block: whose turn each image of a batch is, int [batch].
+      num_strata: how many generators a step samples.
+      image_stratum: the stratum of each image of a batch, int [batch].
 
     Raises:
-      UserError: a number of generators that does not divide the clients.
+      UserError: a number of strata that does not divide the clients.
     """
 
     def __init__(self, federation: Federation, images: int):
-        self.federation, self.blocks = federation, generators_per_step(federation)
-        sizes = federation.counts.sum(axis=1).reshape(self.blocks, -1)
+        self.federation, self.num_strata = federation, generators_per_step(federation)
+        sizes = federation.clients.sizes.reshape(self.num_strata, -1)
         self.log_sizes = np.log(sizes).astype(np.float32)
-        counts = shares(sizes.sum(axis=1), images * self.blocks)
-        self.block = np.repeat(np.arange(self.blocks), counts)
-        self.image = np.concatenate([np.arange(count) for count in counts])
+        counts = images_per_generator(sizes.sum(axis=1), images * self.num_strata)
+        self.image_stratum = np.repeat(np.arange(self.num_strata), counts)
+        self.image_in_stratum = np.concatenate([np.arange(count) for count in counts])
         self.most = int(counts.max())
 
-    def chosen(self, key: Array) -> Array:
-        """The clients of a step: int [blocks], one of each block."""
-        per_block = self.log_sizes.shape[1]
-        numbers = jnp.arange(self.blocks)
-        if per_block == 1:
-            return numbers
+    def sample_clients(self, key: Array) -> Array:
+        """Sample the clients of a step: int [num_strata], one of each stratum."""
+        stratum_size = self.log_sizes.shape[1]
+        strata = jnp.arange(self.num_strata)
+        if stratum_size == 1:
+            return strata
 
-        def one_of(number: Array, log_sizes: Array) -> Array:
-            return jax.random.categorical(rng.fold(key, number, 1), log_sizes)
+        def one_of(stratum: Array, log_sizes: Array) -> Array:
+            return jax.random.categorical(rng.fold(key, stratum, 1), log_sizes)
 
-        return numbers * per_block + jax.vmap(one_of)(numbers, jnp.asarray(self.log_sizes))
+        return strata * stratum_size + jax.vmap(one_of)(strata, jnp.asarray(self.log_sizes))
 
-    def of(self, generators: Variables, clients: Array) -> Variables:
-        """The chosen clients' generators [blocks, ...], each from its block of [clients, ...]."""
-        per_block = self.log_sizes.shape[1]
-        if per_block == 1:
+    def take(self, generators: Variables, client_ids: Array) -> Variables:
+        """Take the sampled clients' generators [num_strata, ...] of all [clients, ...].
+
+        Every device indexes its own strata, so no generator moves between devices.
+        """
+        stratum_size = self.log_sizes.shape[1]
+        if stratum_size == 1:
             return generators
-        blocks = jax.tree.map(
-            lambda leaf: leaf.reshape(self.blocks, per_block, *leaf.shape[1:]), generators
+        strata = jax.tree.map(
+            lambda leaf: leaf.reshape(self.num_strata, stratum_size, *leaf.shape[1:]), generators
         )
-        own = {"generators": blocks, "place": clients % per_block}
 
-        def pick(_: tuple[()], block: PyTree) -> Variables:
-            return jax.tree.map(lambda leaf: leaf[block["place"]], block["generators"])
+        def pick(_: tuple[()], stratum: tuple[Array, Variables]) -> Variables:
+            position, members = stratum
+            return cast(Variables, trees.take(members, position))
 
-        return cast(Variables, self.federation.map(pick)((), own))
+        mapped = self.federation.layout.map_clients(pick)
+        return cast(Variables, mapped((), (client_ids % stratum_size, strata)))
 
-    def draw(self, generators: Variables, clients: Array, key: Array) -> Array:
-        """Images [batch, h, w, c] of the chosen clients' generators [blocks, ...]."""
-        return sampler(self.federation, self.most)(generators, key, clients)[self.block, self.image]
+    def draw(self, generators: Variables, client_ids: Array, key: Array) -> Array:
+        """Draw images [batch, h, w, c] from the sampled clients' generators [num_strata, ...]."""
+        images = sampler(self.federation, self.most)(generators, key, client_ids)
+        return images[self.image_stratum, self.image_in_stratum]
 
 
 def generators_per_step(federation: Federation) -> int:
-    """How many generators a step of the distillation asks: the setting, or as many as may be.
+    """Return how many generators a distillation step samples: the setting, or the most allowed.
 
     Raises:
       UserError: it does not divide the clients.
     """
     asked = federation.config.knowledge_distillation.generators_per_step
     clients = federation.num_clients
-    divisors = [number for number in range(1, clients + 1) if clients % number == 0]
+    divisors = [n for n in range(1, clients + 1) if clients % n == 0]
     if not asked:
-        most = max(number for number in divisors if number <= MOST)
+        most = max(n for n in divisors if n <= MOST)
         if most < min(clients, FEWEST):
             raise UserError(
                 f"partition.clients = {clients} has no divisor from {FEWEST} to {MOST} to be "
@@ -144,8 +164,8 @@ def generators_per_step(federation: Federation) -> int:
             )
         return most
     if asked not in divisors:
-        below = [number for number in divisors if number < asked][-1:]
-        above = [number for number in divisors if number > asked][:1]
+        below = [n for n in divisors if n < asked][-1:]
+        above = [n for n in divisors if n > asked][:1]
         raise UserError(
             f"knowledge_distillation.generators_per_step = {asked} does not divide "
             f"partition.clients = {clients}; nearest: {', '.join(map(str, below + above))}"
@@ -154,9 +174,9 @@ def generators_per_step(federation: Federation) -> int:
 
 
 def log_class_prior(counts: np.ndarray) -> np.ndarray:
-    """Log of how likely an image of each client is of each class, before it is looked at.
+    """Return the log prior of the class of an image of each client.
 
-    The shares n_ic / n_i, which the server has for the experts, with one more image spread evenly
+    It is log n_ic / n_i, which the server has for the experts, with one more image divided evenly
     over the classes (Perks' prior), so that no class is impossible.
 
     Args:

@@ -1,8 +1,8 @@
 """Generator optimisation (paper, Figure 1b): each client trains a light generator of its own data.
 
-The generator is uploaded once; nothing else of this stage leaves the client. All clients train at
-the same time or, where `parallel.memory_gib` has no room for that, in waves of neighbours, one to
-its end after the other, and the uploads lie in the work directory.
+The generator is uploaded once; nothing else of this stage leaves the client. Clients train in waves
+of neighbours: one wave of all clients or, where `parallel.memory_gib` has no room for that, several
+one after the other, whose uploads are offloaded to the work directory.
 """
 
 from collections.abc import Callable
@@ -10,22 +10,87 @@ from pathlib import Path
 from typing import cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from mosaic_jax import parallel, stacks
-from mosaic_jax.stages.client_generator import CARRY, LOSS_WEIGHTS, ClientGenerator
-from mosaic_jax.stages.federation import Federation, num_bytes
-from mosaic_jax.stages.generator_ensemble import sampler
+from mosaic_jax import trees
+from mosaic_jax.federation import Federation
+from mosaic_jax.parallel import offload, take_clients
+from mosaic_jax.stages.client_generator import (
+    LOSS_WEIGHTS,
+    ClientGenerator,
+    GeneratorClient,
+    GeneratorInputs,
+    GeneratorState,
+)
+from mosaic_jax.stages.generator_ensemble import sampler, upload_shapes
 from mosaic_jax.stages.model_aggregation import client_models
-from mosaic_jax.stages.stage import Stage, State
+from mosaic_jax.stages.stage import Metrics, Stage, State
 from mosaic_jax.types import PyTree, UserError, Variables
 
 SAMPLES = 8
 """Images of a client that are kept for the report."""
 
 SAMPLED_CLIENTS = 100
-"""Clients of which they are kept, the first."""
+"""Clients of which images are kept, the first."""
+
+
+class WaveState(struct.PyTreeNode):
+    """Carry of the stage.
+
+    Attributes:
+      training: of the wave's clients, [wave size, ...].
+      frozen: their models f0, if the state does not have those of all clients.
+      uploaded: checksums of the waves' uploads on disk, uint32 [waves], 0 for one to come; None if
+        a single wave holds all clients.
+    """
+
+    training: GeneratorState
+    frozen: Variables | None = None
+    uploaded: np.ndarray | None = None
+
+
+class OffloadedUploads:
+    """The uploads of all clients in the work directory, written and checked wave by wave.
+
+    Raises:
+      UserError: there is no work directory.
+    """
+
+    def __init__(self, federation: Federation, wave_size: int):
+        if federation.layout.offload_dir is None:
+            raise UserError("parallel.memory_gib needs a work directory")
+        self.directory: Path = federation.layout.offload_dir / "generators"
+        self.shapes, self.clients = upload_shapes(federation), federation.num_clients
+        self.wave_size = wave_size
+        self.checked: dict[int, int] = {}  # waves whose uploads were seen whole, with checksums
+
+    def read(self, checksums: np.ndarray) -> Variables:
+        """Return the stack [clients, ...] on disk.
+
+        Raises:
+          UserError: the uploads of a wave are not those of its checksum.
+        """
+        stack = self._stack()
+        for wave, crc in enumerate(checksums):
+            if crc and self.checked.get(wave) != crc:
+                if offload.checksum(stack, wave * self.wave_size, self.wave_size) != crc:
+                    raise UserError(
+                        f"{self.directory} is damaged or gone; delete the run's checkpoints of "
+                        "generator_optimization to train the generators anew"
+                    )
+                self.checked[wave] = int(crc)
+        return stack
+
+    def write(self, wave: int, uploads: PyTree) -> int:
+        """Write the uploads of a wave; return their checksum."""
+        stack, start = self._stack(), wave * self.wave_size
+        offload.write(stack, start, uploads)
+        self.checked[wave] = offload.checksum(stack, start, self.wave_size)
+        return self.checked[wave]
+
+    def _stack(self) -> Variables:
+        return cast(Variables, offload.create(self.directory, self.shapes, self.clients))
 
 
 class Generators:
@@ -33,148 +98,138 @@ class Generators:
 
     def __init__(self, federation: Federation):
         self.federation, self.settings = federation, federation.config.generator_optimization
-        self.client = ClientGenerator(federation)
-        constants = {
-            "key": federation.key("generator_optimization"),
-            "learning_rate": np.float32(self.settings.learning_rate),
-            "adversary_learning_rate": np.float32(self.settings.adversary_learning_rate),
-            "loss_weights": {
-                name: np.float32(getattr(self.settings, name)) for name in LOSS_WEIGHTS
-            },
-        }
-        self.shared = {"data": federation.data} | federation.place(constants)
-        self.size = federation.at_a_time(self.bytes_each())
-        self.waves = -(-federation.num_clients // self.size)
+        layout, self.client = federation.layout, ClientGenerator(federation)
+        self.inputs = _inputs(federation)
+        self.wave_size = wave_size(federation)
+        self.waves = -(-federation.num_clients // self.wave_size)
         self.blocks = self.settings.steps // self.settings.block_steps
-        self.models = client_models(federation)
-        self.checked: set[int] = set()  # waves whose uploads need not be read again
-        self.start_all = federation.jit(_spread(federation, federation.map(self.client.start)))
-        self.block_all = federation.jit(
-            _spread(federation, _paired(federation.map(self.client.block))), donate_argnums=2
+        self.client_models = client_models(federation)
+        self.offloaded = OffloadedUploads(federation, self.wave_size) if self.waves > 1 else None
+        self.start_all = layout.jit(_sharded(federation, layout.map_clients(self.client.start)))
+        block = layout.map_clients(self.client.block)
+        # Clients and carry are separate arguments, so that only the carry is donated.
+        self.block_all = layout.jit(
+            _sharded(federation, lambda inputs, clients, carry: block(inputs, (clients, carry))),
+            donate_argnums=2,
         )
-        self.upload_all = federation.jit(_spread(federation, jax.vmap(self.client.upload)))
-
-    def bytes_each(self) -> int:
-        """Bytes that one client takes while it trains: its model and all that it carries."""
-        model = self.federation.shapes(self.federation.model)
-        one = jax.eval_shape(lambda clients: stacks.rows(clients, 0), self.federation.clients)
-        carry = jax.eval_shape(self.client.start, self.shared, one | {"frozen": model})
-        return num_bytes(model) + num_bytes(carry)
+        self.upload_all = layout.jit(_sharded(federation, jax.vmap(self.client.upload)))
 
     def members(self, wave: int) -> np.ndarray:
-        """The clients of a wave; the last wave is filled up with the last client."""
-        last = self.federation.num_clients - 1
-        return np.minimum(np.arange(wave * self.size, (wave + 1) * self.size), last)
+        """Return the clients of a wave; the last wave is filled up with the last client."""
+        ids = np.arange(wave * self.wave_size, (wave + 1) * self.wave_size)
+        return np.minimum(ids, self.federation.num_clients - 1)
 
-    def lists(self, wave: int) -> PyTree:
-        """The packed lists of a wave's clients."""
-        return parallel.chosen(self.federation.clients, self.members(wave))
+    def clients(self, wave: int, frozen: Variables) -> GeneratorClient:
+        """Return the input of a wave's clients."""
+        lists = take_clients(self.federation.clients.lists, self.members(wave))
+        return GeneratorClient(frozen, lists)
 
-    def start(self, state: State, wave: int = 0) -> PyTree:
-        """What a wave of clients carries before its first step."""
-        frozen = self.models(state, self.members(wave))
-        carry = self.start_all(self.shared, self.lists(wave) | {"frozen": frozen})
-        if self.waves == 1:
-            return carry
-        return carry | {"frozen": frozen, "uploaded": np.zeros(self.waves, np.uint32)}
+    def start(self, state: State) -> WaveState:
+        """Start the first wave."""
+        uploaded = None if self.offloaded is None else np.zeros(self.waves, np.uint32)
+        return self.start_wave(state, 0, uploaded)
 
-    def block(self, state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
-        """A block of a wave's steps; the wave's last one uploads."""
-        wave, number = divmod(index, self.blocks)
-        if wave and not number:
-            carry = self.start(state, wave) | {"uploaded": carry["uploaded"]}
-        frozen = state["clients"] if self.waves == 1 else carry["frozen"]
-        first = np.int32(number * self.settings.block_steps)
-        shared = self.shared | {"first_step": self.federation.place(first)}
-        training = {name: part for name, part in carry.items() if name in CARRY}
-        after, metrics = self.block_all(shared, self.lists(wave) | {"frozen": frozen}, training)
-        if self.waves == 1:
+    def start_wave(self, state: State, wave: int, uploaded: np.ndarray | None) -> WaveState:
+        """Start the training of a wave's clients."""
+        frozen = self.client_models(state, self.members(wave))
+        training = self.start_all(self.inputs, self.clients(wave, frozen))
+        return WaveState(training, None if uploaded is None else frozen, uploaded)
+
+    def block(self, state: State, carry: WaveState, index: int) -> tuple[WaveState, Metrics]:
+        """Run one block of a wave's steps; the wave's last block uploads."""
+        wave, block = divmod(index, self.blocks)
+        if wave and not block:
+            carry = self.start_wave(state, wave, carry.uploaded)
+        frozen = carry.frozen
+        if frozen is None:
+            frozen = self.client_models(state, self.members(wave))
+        first = np.int32(block * self.settings.block_steps)
+        inputs = self.inputs.replace(first_step=self.federation.layout.put_replicated(first))
+        training, metrics = self.block_all(inputs, self.clients(wave, frozen), carry.training)
+        after = carry.replace(training=training)
+        if self.offloaded is None:
             return after, metrics
-        uploaded = np.array(carry["uploaded"])
-        if number + 1 == self.blocks:
-            uploaded[wave] = self.send(after, wave)
+        if block + 1 == self.blocks:
+            after = after.replace(uploaded=self.upload(after, wave))
         clients = np.unique(self.members(wave))
-        metrics = {name: values[: len(clients)] for name, values in metrics.items()}
-        return after | {"frozen": frozen, "uploaded": uploaded}, metrics | {"clients": clients}
+        metrics = trees.take(metrics, slice(None, len(clients)))
+        return after, metrics | {"clients": clients}
 
-    def send(self, carry: PyTree, wave: int) -> int:
-        """Put a wave's uploads into the work directory; their checksum."""
-        start, uploads = wave * self.size, self.uploads()
-        stacks.write(uploads, start, parallel.to_host(self.upload_all(carry)))
-        self.checked.add(wave)
-        return stacks.checksum(uploads, start, self.size)
+    def upload(self, carry: WaveState, wave: int) -> np.ndarray:
+        """Offload a wave's uploads; return the checksums of all waves."""
+        assert self.offloaded is not None
+        uploads = self.federation.layout.to_host(self.upload_all(carry.training))
+        uploaded = np.array(carry.uploaded)
+        uploaded[wave] = self.offloaded.write(wave, uploads)
+        return uploaded
 
-    def finish(self, state: State, carry: PyTree) -> State:
-        """Leaves "generators" [clients, ...] in the state."""
-        if self.waves == 1:
-            return state | {"generators": self.upload_all(carry)}
-        uploads = self.uploads()
-        for wave, crc in enumerate(np.asarray(carry["uploaded"])):
-            if crc and wave not in self.checked:
-                if stacks.checksum(uploads, wave * self.size, self.size) != crc:
-                    raise UserError(
-                        f"{self.directory()} is damaged or gone; delete the run's checkpoints of "
-                        "generator_optimization to train the generators anew"
-                    )
-                self.checked.add(wave)
-        return state | {"generators": uploads}
-
-    def upload(self) -> Variables:
-        """Shapes of what a client sends."""
-        z = jnp.zeros((1, self.settings.latent))
-        return cast(Variables, jax.eval_shape(self.client.generator.init, jax.random.key(0), z))
-
-    def uploads(self) -> PyTree:
-        """The uploads of all clients in the work directory.
-
-        Raises:
-          UserError: there is none.
-        """
-        return stacks.create(self.directory(), self.upload(), self.federation.num_clients)
-
-    def directory(self) -> Path:
-        """Where they lie."""
-        if self.federation.spill is None:
-            raise UserError("parallel.memory_gib needs a work directory")
-        return self.federation.spill / "generators"
+    def finish(self, state: State, carry: WaveState) -> State:
+        """Leave "generators" [clients, ...] in the state."""
+        if self.offloaded is None:
+            return state | {"generators": self.upload_all(carry.training)}
+        return state | {"generators": self.offloaded.read(np.asarray(carry.uploaded))}
 
     def samples(self, state: State) -> dict[str, np.ndarray]:
-        """Some generated and some real images of the first clients, for the eye."""
-        federation = self.federation
-        clients = np.arange(min(SAMPLED_CLIENTS, federation.num_clients))
-        chosen = parallel.chosen(state["generators"], clients)
-        if stacks.on_disk(state["generators"]):
-            chosen = federation.place(chosen)
-        numbers = federation.place({"key": federation.key("samples"), "clients": clients})
-        draw = federation.jit(sampler(federation, SAMPLES))
-        images = parallel.to_host(draw(chosen, numbers["key"], numbers["clients"]))
-        real = np.stack([np.resize(federation.indices[client], SAMPLES) for client in clients])
+        """Return generated and real images of the first clients, uint8 [clients, SAMPLES, ...]."""
+        federation, layout = self.federation, self.federation.layout
+        ids = np.arange(min(SAMPLED_CLIENTS, federation.num_clients))
+        generators = take_clients(state["generators"], ids)
+        if offload.is_offloaded(state["generators"]):
+            generators = layout.put_replicated(generators)
+        key, client_ids = layout.put_replicated((federation.key("samples"), ids))
+        draw = layout.jit(sampler(federation, SAMPLES))
+        images = layout.to_host(draw(generators, key, client_ids))
+        real = np.stack([np.resize(federation.clients.indices[client], SAMPLES) for client in ids])
         return {
             "generated": np.rint((images + 1) * 127.5).astype(np.uint8),
             "real": federation.dataset.train_images[real],
         }
 
 
-def check_room(federation: Federation, together: int) -> None:
-    """Check that so many uploads have room at a time, if they lie in the work directory.
+def _inputs(federation: Federation) -> GeneratorInputs:
+    """Make the input that all clients share."""
+    settings = federation.config.generator_optimization
+    weights = {name: np.float32(getattr(settings, name)) for name in LOSS_WEIGHTS}
+    constants = federation.layout.put_replicated(
+        {
+            "key": federation.key("generator_optimization"),
+            "learning_rate": np.float32(settings.learning_rate),
+            "adversary_learning_rate": np.float32(settings.adversary_learning_rate),
+            "loss_weights": weights,
+        }
+    )
+    return GeneratorInputs(data=federation.data, **constants)
+
+
+def wave_size(federation: Federation) -> int:
+    """Return how many clients train at a time: all, or as many as `parallel.memory_gib` holds."""
+    model = federation.classifier.abstract_variables()
+    one = jax.eval_shape(lambda lists: trees.take(lists, 0), federation.clients.lists)
+    client = GeneratorClient(model, one)
+    training = jax.eval_shape(ClientGenerator(federation).start, _inputs(federation), client)
+    each = trees.num_bytes(model) + trees.num_bytes(training)
+    return federation.layout.clients_per_wave(federation.num_clients, each)
+
+
+def check_room(federation: Federation, generators: int) -> None:
+    """Check that `generators` uploads fit into memory at a time, if they are offloaded.
 
     Raises:
-      UserError: they have not; says how many have.
+      UserError: they do not; names the number that does.
     """
-    room = federation.config.parallel.memory_gib * 2**30
-    if not room:
+    room = federation.layout.memory_gib * 2**30
+    if not room or wave_size(federation) == federation.num_clients:
         return
-    generators = Generators(federation)
-    most = int(room // num_bytes(generators.upload()))
-    if generators.waves > 1 and together > most:
+    most = int(room // trees.num_bytes(upload_shapes(federation)))
+    if generators > most:
         raise UserError(
-            f"a block of the distillation asks {together} generators, but parallel.memory_gib has "
+            f"a block of the distillation asks {generators} generators, but parallel.memory_gib has "
             f"room for {most}; lower knowledge_distillation.block_steps or generators_per_step"
         )
 
 
-def train(federation: Federation) -> Stage:
-    """The whole stage."""
+def stage(federation: Federation) -> Stage:
+    """Return the stage `generator_optimization`."""
     generators = Generators(federation)
     return Stage(
         name="generator_optimization",
@@ -182,18 +237,13 @@ def train(federation: Federation) -> Stage:
         start=generators.start,
         block=generators.block,
         finish=generators.finish,
-        exhibits={"samples": generators.samples},
-        stacks=CARRY | {"frozen"},
-        client_steps=generators.settings.block_steps * generators.size,
-        upload=num_bytes(generators.upload()),
+        artifacts={"samples": generators.samples},
+        stacks=frozenset({"training", "frozen"}),
+        client_steps=generators.settings.block_steps * generators.wave_size,
+        upload=trees.num_bytes(upload_shapes(federation)),
     )
 
 
-def _spread(federation: Federation, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """The same, its results [clients, ...] spread over the devices."""
-    return lambda *args: federation.spread(function(*args))
-
-
-def _paired(mapped: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """Clients and what they carry as separate arguments, so that only the latter is donated."""
-    return lambda shared, clients, carry: mapped(shared, (clients, carry))
+def _sharded(federation: Federation, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """Return the function with its results [clients, ...] sharded over the devices."""
+    return lambda *args: federation.layout.shard_clients(function(*args))

@@ -1,251 +1,214 @@
-"""The meta model: a small transformer that fuses the experts' logits into the teacher's.
+"""Training of the meta model: a small transformer that fuses the experts' logits.
 
-Trained with cross-entropy on the prototypes, as the experts' heads see them; the teacher uses the
-exponential moving average of its weights, without the bias towards their random start.
+It minimises cross-entropy on the prototypes, as the experts' heads see them. The teacher uses the
+exponential moving average of its weights, debiased from their random start.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from flax import struct
 
 from mosaic_jax import rng
-from mosaic_jax.data.clients import epoch_batch
-from mosaic_jax.models import MetaModel, head_logits
-from mosaic_jax.parallel import AXIS, stacked
+from mosaic_jax.data.batches import epoch_batch
+from mosaic_jax.federation import Federation
+from mosaic_jax.models import head_logits
 from mosaic_jax.stages.evaluation import evaluator, predictor
-from mosaic_jax.stages.federation import Federation
-from mosaic_jax.stages.model_aggregation import member_logits, mixture
-from mosaic_jax.stages.stage import Stage, State
-from mosaic_jax.types import Array, PyTree, UserError
+from mosaic_jax.stages.prototypes import Prototypes
+from mosaic_jax.stages.stage import Metrics, Stage, State
+from mosaic_jax.stages.teacher import (
+    Teacher,
+    build_meta_model,
+    class_expert_logits,
+    mixture,
+    teacher_logits,
+    uniform_logits,
+)
+from mosaic_jax.types import Array, PyTree, Variables
 
-ATTENTION_BYTES = 1 << 30
-"""Attention weights of the images that a device fuses at a time; those of one image with 200
-classes and as many heads are 32 MB."""
 
+class Examples(struct.PyTreeNode):
+    """Training set of the meta model: the prototypes as the experts' heads see them.
 
-def build(federation: Federation) -> MetaModel:
-    """The meta model for as many experts as there are classes.
-
-    Raises:
-      UserError: its heads do not divide its width.
+    Attributes:
+      index: positions of the examples, valid ones first, int32 [examples].
+      labels: int32 [examples].
+      logits: of the members of the mixture, [examples, members, classes].
+      size: number of valid examples, int32 [].
     """
-    settings, classes = federation.config.meta_model, federation.dataset.num_classes
-    if settings.heads and settings.width_per_class * classes % settings.heads:
-        raise UserError(
-            f"meta_model.heads = {settings.heads} does not divide the model's width, "
-            f"meta_model.width_per_class * classes = {settings.width_per_class * classes}"
-        )
-    return MetaModel(
-        num_classes=classes,
-        experts=classes,
-        width_per_class=settings.width_per_class,
-        heads=settings.heads or None,
-        feedforward=settings.feedforward,
-        dropout=settings.dropout,
-        expert_embedding=settings.expert_embedding,
+
+    index: Array
+    labels: Array
+    logits: Array
+    size: Array
+
+
+class MetaState(struct.PyTreeNode):
+    """Carry of the training.
+
+    Attributes:
+      average: state of the exponential moving average.
+      mean: the debiased average of the weights.
+      optimizer: Adam's state.
+      params: the weights.
+    """
+
+    average: PyTree
+    mean: PyTree
+    optimizer: PyTree
+    params: PyTree
+
+
+def training_set(experts: Variables, prototypes: Prototypes) -> Examples:
+    """Make the meta model's training set from prototypes [clients, slots, ...]."""
+    chex.assert_rank([prototypes.features, prototypes.valid], [4, 2])
+    heads = jax.vmap(head_logits, in_axes=(0, -2), out_axes=-2)
+    logits = heads(experts["params"], prototypes.features)
+    valid = prototypes.valid.reshape(-1) > 0
+    return Examples(
+        index=jnp.argsort(~valid, stable=True),
+        labels=prototypes.labels.reshape(-1),
+        logits=logits.reshape(-1, *logits.shape[2:]),
+        size=valid.sum().astype(jnp.int32),
     )
 
 
-def teacher_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
-    """The MoE teacher: `({"experts", "meta"}, images [batch, ...]) -> logits [batch, classes]`.
-
-    A member's logits come from where it lies; they are fused for each device's share of the images.
-    """
-    model, logits, mix = build(federation), member_logits(federation), mixture(federation)
-    heads = model.heads or model.num_classes
-    together = max(1, ATTENTION_BYTES // (4 * heads * model.experts**2))
-
-    def fuse(meta: PyTree, tokens: Array) -> Array:
-        if len(tokens) <= together:
-            return cast(Array, model.apply(meta, tokens))
-        one = partial(model.apply, meta)
-        return cast(Array, jax.lax.map(lambda own: one(own[None])[0], tokens, batch_size=together))
-
-    def teacher(variables: PyTree, images: Array) -> Array:
-        tokens = mix(logits(variables["experts"], images))
-        where = stacked(federation.mesh, len(tokens)).spec
-        if federation.config.parallel.debug or where == P():
-            return fuse(variables["meta"], tokens)
-        shares = jax.shard_map(
-            fuse, mesh=federation.mesh, in_specs=(P(), where), out_specs=where, check_vma=False
-        )
-        return cast(Array, shares(variables["meta"], tokens))
-
-    return teacher
-
-
-def uniform_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
-    """The plain ensemble: the mean of all class experts' logits, as DENSE and DFRD average them."""
-    logits, mix = member_logits(federation), mixture(federation)
-
-    def ensemble(variables: PyTree, images: Array) -> Array:
-        return mix(logits(variables["experts"], images)).mean(axis=1)
-
-    return ensemble
-
-
-def own_logits(federation: Federation) -> Callable[[PyTree, Array], Array]:
-    """The experts without a meta model: the logit of each class is that of its own expert."""
-    logits, mix = member_logits(federation), mixture(federation)
-
-    def own(variables: PyTree, images: Array) -> Array:
-        return jnp.diagonal(mix(logits(variables["experts"], images)), axis1=1, axis2=2)
-
-    return own
-
-
-def training_set(state: State) -> PyTree:
-    """What the meta model learns from: the prototypes as the experts' heads see them.
-
-    Returns:
-      "logits" of the members [examples, members, classes], "labels" [examples], and, packed like a
-      client's images, "index" with the valid examples first and their number "size".
-    """
-    prototypes = state["prototypes"]
-    heads = jax.vmap(head_logits, in_axes=(0, -2), out_axes=-2)
-    logits = heads(state["experts"]["params"], prototypes["features"])
-    valid = prototypes["valid"].reshape(-1) > 0
-    return {
-        "logits": logits.reshape(-1, *logits.shape[2:]),
-        "labels": prototypes["labels"].reshape(-1),
-        "index": jnp.argsort(~valid, stable=True),
-        "size": valid.sum().astype(jnp.int32),
-    }
-
-
 class MetaTraining:
-    """Steps on shuffled epochs of all examples; the average of the weights is what counts."""
+    """Steps on shuffled epochs of all examples; the result is the average of the weights."""
 
     def __init__(self, federation: Federation):
-        self.federation, self.settings = federation, federation.config.meta_model
-        self.model = build(federation)
-        self.optimizer = optax.scale_by_adam()
+        self.settings = federation.config.meta_model
+        self.model = build_meta_model(federation)
         self.average = optax.ema(self.settings.ema, debias=True)
         self.mix = mixture(federation)
         self.key = federation.key("meta_model")
-        self.over_devices = NamedSharding(federation.mesh, P(AXIS))
+        self.data_parallel = federation.layout.data_parallel
 
-    def start(self) -> PyTree:
-        """Random weights, and the state of Adam and of the average."""
+    def start(self) -> MetaState:
+        """Draw the weights, and start Adam and the average."""
         tokens = jnp.zeros((1, self.model.experts, self.model.num_classes))
         params = self.model.init(rng.fold(self.key, 0), tokens)["params"]
-        return {
-            "params": params,
-            "optimizer": self.optimizer.init(params),
-            "average": self.average.init(params),
-            "mean": params,
-        }
+        return MetaState(
+            average=self.average.init(params),
+            mean=params,
+            optimizer=optax.adam(0.0).init(params),
+            params=params,
+        )
 
-    def run(self, state: State, rate: Array) -> tuple[PyTree, Array]:
-        """All steps at learning rate `rate`: the averaged weights and the losses [steps]."""
-        examples = training_set(state)
+    def run(
+        self, experts: Variables, prototypes: Prototypes, learning_rate: Array
+    ) -> tuple[PyTree, Array]:
+        """Make all steps; return the averaged weights and the losses [steps]."""
+        examples = training_set(experts, prototypes)
         carry, losses = jax.lax.scan(
-            lambda carry, number: self.step(carry, number, examples, rate),
+            lambda carry, step: self.step(carry, step, examples, learning_rate),
             self.start(),
             jnp.arange(self.settings.steps),
         )
-        return carry["mean"], losses
+        return carry.mean, losses
 
     def step(
-        self, carry: PyTree, number: Array, examples: PyTree, rate: Array
-    ) -> tuple[PyTree, Array]:
-        """One step of Adam on cross-entropy."""
-        positions, mask = epoch_batch(examples, number, self.key, self.settings.batch_size)
-        logits = self.mix(examples["logits"][positions])
-        logits = jax.lax.with_sharding_constraint(logits, self.over_devices)  # data-parallel
-        labels, dropout = examples["labels"][positions], rng.fold(self.key, number, 1)
-        loss, gradient = jax.value_and_grad(self.loss)(
-            carry["params"], logits, labels, mask, dropout
+        self, carry: MetaState, step: Array, examples: Examples, learning_rate: Array
+    ) -> tuple[MetaState, Array]:
+        """Make one step of Adam on cross-entropy."""
+        positions, mask = epoch_batch(
+            examples.index,
+            examples.size,
+            step=step,
+            key=self.key,
+            batch_size=self.settings.batch_size,
         )
-        updates, optimizer = self.optimizer.update(gradient, carry["optimizer"])
-        updates = jax.tree.map(lambda update: -rate * update, updates)
-        params = optax.apply_updates(carry["params"], updates)
-        mean, average = self.average.update(params, carry["average"])
-        return {"params": params, "optimizer": optimizer, "average": average, "mean": mean}, loss
+        logits = self.mix(examples.logits[positions])
+        logits = jax.lax.with_sharding_constraint(logits, self.data_parallel)
+        labels, dropout = examples.labels[positions], rng.fold(self.key, step, 1)
+        loss, gradient = jax.value_and_grad(self.loss)(carry.params, logits, labels, mask, dropout)
+        updates, optimizer = optax.adam(learning_rate).update(gradient, carry.optimizer)
+        params = optax.apply_updates(carry.params, updates)
+        mean, average = self.average.update(params, carry.average)
+        return MetaState(average, mean, optimizer, params), loss
 
     def loss(
         self, params: PyTree, logits: Array, labels: Array, mask: Array, dropout: Array
     ) -> Array:
-        """Mean cross-entropy of the unmasked examples; `dropout` is a key."""
+        """Return the mean cross-entropy of the unmasked examples; `dropout` is a key."""
         rngs = {"dropout": dropout}
         outputs: Any = self.model.apply({"params": params}, logits, train=True, rngs=rngs)
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
         return (losses * mask).sum() / mask.sum()
 
 
-def train(federation: Federation) -> Stage:
-    """The meta model's whole training as one compiled call."""
+def stage(federation: Federation) -> Stage:
+    """Return the stage `meta_model`: the whole training as one compiled call."""
     settings, training = federation.config.meta_model, MetaTraining(federation)
-    fused = Fused(federation)
-    everywhere = NamedSharding(federation.mesh, P())
+    evaluation, layout = TeacherEvaluation(federation), federation.layout
 
-    def steps(state: State, rate: Array) -> tuple[PyTree, Array]:
-        mean, losses = training.run(state, rate)
+    def steps(
+        experts: Variables, prototypes: Prototypes, learning_rate: Array
+    ) -> tuple[PyTree, Array]:
+        mean, losses = training.run(experts, prototypes, learning_rate)
         return mean, losses[-10:].mean()
 
-    run = federation.jit(steps, out_shardings=everywhere)
-    rate = federation.place(np.float32(settings.learning_rate))
+    run = layout.jit(steps, out_shardings=layout.replicated)
+    learning_rate = layout.put_replicated(np.float32(settings.learning_rate))
 
-    def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
-        inputs = {name: state[name] for name in ("experts", "prototypes")}
-        mean, loss = run(inputs, rate)
+    def block(state: State, carry: PyTree, index: int) -> tuple[PyTree, Metrics]:
+        mean, loss = run(state["experts"], state["prototypes"], learning_rate)
         return {"params": mean}, {"loss": loss}
 
     return Stage(
         name="meta_model",
         blocks=1,
-        start=lambda state: {"params": federation.empty(training.start)["params"]},
+        start=lambda state: {"params": layout.zeros_like_output(training.start).params},
         block=block,
         finish=lambda state, carry: state | {"meta": carry},
-        evaluate=fused.evaluate,
-        exhibits={"answers_meta_model": fused.answers},
+        evaluate=evaluation.evaluate,
+        artifacts={"answers_meta_model": evaluation.predictions},
         client_steps=settings.steps,
     )
 
 
-class Fused:
-    """What teacher and plain ensemble answer: figures for the record, answers for the report."""
+class TeacherEvaluation:
+    """Metrics and predictions of the teacher, the plain ensemble and every class's expert."""
 
     def __init__(self, federation: Federation):
         self.dataset = federation.dataset
-        logits, mix = member_logits(federation), mixture(federation)
+        experts = class_expert_logits(federation)
 
-        def of_experts(variables: PyTree, images: Array) -> Array:
-            return mix(logits(variables["experts"], images)).argmax(axis=-1)
+        def classes(teacher: Teacher, images: Array) -> Array:
+            return experts(teacher, images).argmax(axis=-1)
 
         self.teacher = predictor(federation, teacher_logits(federation))
-        self.experts = predictor(federation, of_experts)
-        self.figures = {
+        self.experts = predictor(federation, classes)
+        self.evaluators = {
             "teacher": evaluator(federation, self.teacher),
             "uniform": evaluator(federation, predictor(federation, uniform_logits(federation))),
         }
 
     def evaluate(self, state: State) -> dict[str, float]:
-        """Figures of both, by name."""
+        """Return the metrics of teacher and plain ensemble, by name."""
         return {
-            f"{name}_{figure}": value
-            for name, of in self.figures.items()
-            for figure, value in of(_variables(state)).items()
+            f"{name}_{metric}": value
+            for name, evaluate in self.evaluators.items()
+            for metric, value in evaluate(_teacher(state)).items()
         }
 
-    def answers(self, state: State) -> dict[str, np.ndarray]:
-        """An exhibit: answers of "teacher" [test] and every class's expert, "experts" [test,
-        experts], to the test images, and the true "labels", int16."""
-        tests, variables = self.dataset.test_images, _variables(state)
-        found = {
-            "teacher": self.teacher(variables, tests).argmax(axis=-1),
-            "experts": self.experts(variables, tests),
+    def predictions(self, state: State) -> dict[str, np.ndarray]:
+        """Return an artifact: the classes predicted for the test images, int16.
+
+        "teacher" and the true "labels" are [test], "experts" is [test, experts].
+        """
+        tests, teacher = self.dataset.test_images, _teacher(state)
+        predicted = {
+            "teacher": self.teacher(teacher, tests).argmax(axis=-1),
+            "experts": self.experts(teacher, tests),
             "labels": self.dataset.test_labels,
         }
-        return {name: array.astype(np.int16) for name, array in found.items()}
+        return {name: array.astype(np.int16) for name, array in predicted.items()}
 
 
-def _variables(state: State) -> PyTree:
-    return {"experts": state["experts"], "meta": state["meta"]}
+def _teacher(state: State) -> Teacher:
+    return Teacher(state["experts"], state["meta"])

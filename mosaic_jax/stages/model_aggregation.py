@@ -1,187 +1,199 @@
 """Model aggregation (paper, Figure 1c): client models become class-wise experts.
 
-Expert c is the mean of the client models weighted by how many images of class c each trained on:
-theta_c = sum_i n_ic theta_i / sum_i n_ic, batch-norm statistics included; with sub-models element
-by element over those who hold it, and the global model's element where none of the class does
-(methods, section 8.1). All experts and the global model are one weighted contraction that streams
-over the clients. Classes with equal weight rows have the same expert: only different ones are kept,
-and `assignment` says whose each class is.
+One more round, of all clients, gives the experts (`stages/teacher.py`) and the next global model as
+one weighted contraction that streams over the clients, batch-norm statistics included. With
+sub-models it is taken element by element over the clients that hold it, and the global model's
+element stands where no client of the class does (methods, section 8.1).
 
 With `expert_mode = "logits"` nothing is averaged: the clients' models are the members of the
-mixture, and expert c is the mean of their logits by the same weights. "auto" means that where some
-clients hold sub-models, and else "parameters": models stitched together from narrow ones are worse
-than the narrow ones (`docs/decisions.md`).
+mixture, and expert c is the mean of their logits by the same weights. "auto" means "logits" where
+some clients hold sub-models, and else "parameters": models stitched together from narrow ones are
+worse than the narrow ones (`docs/decisions.md`).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from mosaic_jax.parallel import chosen, in_blocks
+from mosaic_jax.federation import Federation
+from mosaic_jax.parallel import take_clients
 from mosaic_jax.stages import calibration
-from mosaic_jax.stages.cohort import cohort_of, round_bytes, size_weights
+from mosaic_jax.stages.cohort import Cohort, cohort_of, round_bytes, size_weights
 from mosaic_jax.stages.evaluation import evaluator
-from mosaic_jax.stages.federation import Federation, num_bytes
-from mosaic_jax.stages.local_update import ClientUpdate
-from mosaic_jax.stages.round import OneClient, round_function, shared_numbers
-from mosaic_jax.stages.stage import Stage, State
-from mosaic_jax.types import Array, PyTree, UserError, Variables
+from mosaic_jax.stages.local_update import ClientUpdate, RoundInputs
+from mosaic_jax.stages.round import (
+    OneClient,
+    Round,
+    RoundClient,
+    RoundState,
+    round_function,
+    round_inputs,
+)
+from mosaic_jax.stages.stage import Metrics, Stage, State
+from mosaic_jax.stages.teacher import averages_parameters, expert_weights
+from mosaic_jax.trees import num_bytes
+from mosaic_jax.types import PyTree, UserError, Variables
 
 
-def expert_weights(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the mixing matrix, and which row each class uses.
+class Aggregated(struct.PyTreeNode):
+    """Models of this round.
 
-    Args:
-      counts: images n_ic, [clients, classes].
-
-    Returns:
-      Different weight rows, float32 [experts, clients], each summing to 1, and int32 [classes].
-      A class nobody holds gets the global mean's row.
+    Attributes:
+      client_models: all clients' models [clients, ...]; None if these have no room.
+      experts: experts averaged from parameters, [experts, ...]; None in mode "logits".
+      model: the next global model.
     """
-    held = counts.sum(axis=0) > 0
-    shares = np.where(held, counts, counts.sum(axis=1, keepdims=True)).astype(np.float64)
-    shares /= shares.sum(axis=0)
-    rows, assignment = np.unique(shares.T.astype(np.float32), axis=0, return_inverse=True)
-    return rows, assignment.reshape(-1).astype(np.int32)
+
+    client_models: Variables | None
+    experts: Variables | None
+    model: Variables
 
 
-def averages_parameters(federation: Federation) -> bool:
-    """Whether experts are averages of parameters, rather than of logits."""
-    mode = federation.config.model_aggregation.expert_mode
-    return mode == "parameters" or (mode == "auto" and not federation.has_submodels)
+@dataclass(frozen=True)
+class ExpertRound:
+    """The round that forms the experts; `stage` gives it as a stage.
 
-
-def form_experts(federation: Federation) -> Stage:
-    """One more round, of all clients, that gives the experts and the next global model.
-
-    Leaves in the state "global", "experts" [members, ...] and "clients" [clients, ...] or, if
-    these have no room, the model that the clients "received", see `client_models`.
+    Attributes:
+      federation: clients, model and layout.
+      inputs: the downlink, but for the model.
+      cohort: all clients; columns of weights for the average and, if averaged, each expert.
+      round: the compiled round.
+      calibrate: the compiled calibration, for sub-models.
     """
-    settings, counts = federation.config.model_aggregation, federation.counts
-    update, shared = _last_update(federation)
-    kept, stitched = keeps_clients(federation), averages_parameters(federation)
-    run_round = round_function(federation, update, keep=kept)
+
+    federation: Federation
+    inputs: RoundInputs
+    cohort: Cohort
+    round: Round
+    calibrate: calibration.Calibrate
+
+    def start(self, state: State) -> Aggregated:
+        """Return zeros of the shapes that the round leaves: the round itself starts anew."""
+        zeros = self.federation.layout.zeros_like_output
+        return cast(Aggregated, zeros(lambda model: self.run(model)[0], state["global"]))
+
+    def run(self, model: Variables) -> tuple[Aggregated, Metrics]:
+        """Run the round from the global model, whose buffers it takes over."""
+        result = self.round(RoundState(model, {}), self.inputs, self.cohort)
+        first, others = result.state.model, result.others
+        if self.federation.has_submodels:
+            jax.block_until_ready(first)  # see `Rounds.block`
+            first, calibrated = self.calibrate(first, others, self.inputs, self.cohort)
+            others = cast(Variables, calibrated)
+        experts = others if averages_parameters(self.federation) else None
+        return Aggregated(result.client_models, experts, first), result.metrics
+
+    def block(self, state: State, carry: Aggregated, index: int) -> tuple[PyTree, Metrics]:
+        """Run the round on a copy of the global model."""
+        return self.run(self.federation.layout.copy_for_donation(state["global"]))
+
+    def finish(self, state: State, carry: Aggregated) -> State:
+        """Leave "global", "experts" and "client_models", or the "received" model instead."""
+        if carry.client_models is None:
+            kept = {"received": state["global"]}
+        else:
+            kept = {"client_models": carry.client_models}
+        experts = carry.client_models if carry.experts is None else carry.experts
+        return state | kept | {"global": carry.model, "experts": experts}
+
+
+def expert_round(federation: Federation) -> ExpertRound:
+    """Compile the round that forms the experts.
+
+    Raises:
+      UserError: see `keeps_client_models`.
+    """
+    update, inputs = _update_and_inputs(federation)
     weights = size_weights(federation)
-    if stitched:
-        weights = np.concatenate([weights, expert_weights(counts)[0].T], axis=1)
-    cohort = cohort_of(federation, np.arange(federation.num_clients), weights)
-    evaluate = evaluator(federation)
-    calibrate, part = calibration.calibrator(federation), federation.has_submodels
+    if averages_parameters(federation):
+        rows, _ = expert_weights(federation.clients.class_counts)
+        weights = np.concatenate([weights, rows.T], axis=1)
+    return ExpertRound(
+        federation=federation,
+        inputs=inputs,
+        cohort=cohort_of(federation, np.arange(federation.num_clients), weights),
+        round=round_function(federation, update, return_models=keeps_client_models(federation)),
+        calibrate=calibration.calibrator(federation),
+    )
 
-    def run(carry: PyTree) -> tuple[PyTree, PyTree]:
-        result = run_round(carry, shared, cohort)
-        first, others = result["carry"]["global"], result["others"]
-        if part:
-            first, others = calibrate(jax.block_until_ready(first), others, shared, cohort)
-        models = {"global": first} | ({"clients": result["clients"]} if kept else {})
-        return models | ({"experts": others} if stitched else {}), result["metrics"]
 
-    def start(state: State) -> PyTree:
-        return {"global": state["global"]}
-
-    def finish(state: State, carry: PyTree) -> State:
-        own = {} if kept else {"received": state["global"]}
-        return state | own | ({} if stitched else {"experts": carry["clients"]}) | carry
-
+def stage(federation: Federation) -> Stage:
+    """Return the stage `model_aggregation`: one round that gives experts and global model."""
+    forming, evaluate = expert_round(federation), evaluator(federation)
+    steps = federation.config.model_aggregation.steps
     down, up = round_bytes(federation, np.ones(federation.num_clients))
-    whole, statistics = (weights.shape[1] * n for n in calibration.model_bytes(federation))
+    models = forming.cohort.group_weights[0].shape[1]
+    whole, statistics = (models * n for n in calibration.calibration_bytes(federation))
     return Stage(
         name="model_aggregation",
         blocks=1,
-        start=lambda state: federation.empty(lambda carry: run(carry)[0], start(state)),
-        block=lambda state, carry, index: run(federation.fresh(start(state))),
-        finish=finish,
+        start=forming.start,
+        block=forming.block,
+        finish=forming.finish,
         evaluate=lambda state: {
             f"global_{name}": value for name, value in evaluate(state["global"]).items()
         },
-        client_steps=settings.steps * federation.num_clients,
+        client_steps=steps * federation.num_clients,
         download=down + whole,
-        upload=up + statistics + 4 * counts.shape[1],
-        stacks=frozenset({"clients", "experts"}),
+        upload=up + statistics + 4 * federation.dataset.num_classes,
+        stacks=frozenset({"client_models", "experts"}),
     )
 
 
-def _last_update(federation: Federation) -> tuple[ClientUpdate, PyTree]:
-    """What a client does in this round, and what all are given beside the model."""
+def _update_and_inputs(federation: Federation) -> tuple[ClientUpdate, RoundInputs]:
+    """Return the clients' training in this round, and its downlink but for the model."""
     config = federation.config
     settings = config.model_aggregation
-    numbers = shared_numbers(
-        federation, settings.steps, settings.learning_rate, 0, config.local_update.rounds
+    inputs = round_inputs(
+        federation,
+        federation.layout.put_replicated(federation.key("model_aggregation")),
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        index=0,
+        first_round=config.local_update.rounds,
     )
-    key = federation.place(federation.key("model_aggregation"))
-    shared = {"data": federation.data, "key": key} | numbers
-    return ClientUpdate(federation, settings.steps), shared
+    return ClientUpdate(federation, settings.steps), inputs
 
 
-def keeps_clients(federation: Federation) -> bool:
-    """Whether all clients' models outlive the round.
+def keeps_client_models(federation: Federation) -> bool:
+    """Return whether all clients' models outlive the round.
 
     Raises:
       UserError: they have no room, but cannot be done without.
     """
-    size = num_bytes(federation.shapes(federation.model))
-    if federation.at_a_time(size) == federation.num_clients:
+    size, clients = num_bytes(federation.classifier.abstract_variables()), federation.num_clients
+    if federation.layout.clients_per_wave(clients, size) == clients:
         return True
     if federation.has_submodels or not averages_parameters(federation):
         raise UserError(
-            f"parallel.memory_gib = {federation.config.parallel.memory_gib:g} has no room for the "
-            f"models of all clients, {federation.num_clients * size / 2**30:.2g} GiB, which "
+            f"parallel.memory_gib = {federation.layout.memory_gib:g} has no room for the "
+            f"models of all clients, {clients * size / 2**30:.2g} GiB, which "
             "sub-models and model_aggregation.expert_mode = 'logits' need"
         )
     return False
 
 
 def client_models(federation: Federation) -> Callable[[State, np.ndarray], Variables]:
-    """`(state, clients [n]) -> their models after the round, [n, ...]`.
+    """Return `(state, ids [n]) -> the clients' models after the round, [n, ...]`.
 
-    Those that were not kept are trained once more: a few steps, of a seed, beside the thousands of
-    their generators.
+    Models that were not kept are retrained from the same seed. This costs a few steps; training a
+    generator takes thousands.
     """
-    if keeps_clients(federation):
-        return lambda state, clients: chosen(state["clients"], clients)
-    update, shared = _last_update(federation)
-    [group] = federation.groups
-    one = OneClient(update, group, federation.config.submodel.scheme, keep=True)
-    mapped = federation.map(lambda shared, client: one(shared, client)[1]["clients"])
-    train = federation.jit(lambda shared, clients: federation.spread(mapped(shared, clients)))
+    if keeps_client_models(federation):
+        return lambda state, ids: take_clients(state["client_models"], ids)
+    update, inputs = _update_and_inputs(federation)
+    layout, [group] = federation.layout, federation.groups
+    one = OneClient(update, group, federation.config.submodel.scheme, return_models=True)
+    mapped = layout.map_clients(lambda inputs, client: one(inputs, client)[1].model)
+    train = layout.jit(lambda inputs, clients: layout.shard_clients(mapped(inputs, clients)))
 
-    def trained(state: State, clients: np.ndarray) -> Variables:
-        received = {"variables": state["received"]}
-        return cast(Variables, train(shared | received, chosen(federation.clients, clients)))
+    def trained(state: State, ids: np.ndarray) -> Variables:
+        lists = take_clients(federation.clients.lists, ids)
+        received = inputs.replace(variables=state["received"])
+        return cast(Variables, train(received, RoundClient(lists, {})))
 
     return trained
-
-
-def member_logits(federation: Federation) -> Callable[[Variables, Array], Array]:
-    """`(members [members, ...], images) -> logits [batch, members, classes]`, one batched call.
-
-    The stacked members are laid over the mesh like clients.
-    """
-
-    def one_member(images: Array, member: Variables) -> Array:
-        def logits(part: Array) -> Array:
-            return federation.outputs(member, part).logits
-
-        return in_blocks(logits, images, federation.mesh)
-
-    mapped = federation.map(one_member)
-
-    def logits(members: Variables, images: Array) -> Array:
-        return jnp.swapaxes(mapped(images, members), 0, 1)
-
-    return logits
-
-
-def mixture(federation: Federation) -> Callable[[Array], Array]:
-    """Each class's expert: the members' logits [..., members, classes] -> [..., experts, classes].
-
-    There are as many experts as classes.
-    """
-    rows, assignment = expert_weights(federation.counts)
-    if averages_parameters(federation):
-        return lambda logits: logits[..., assignment, :]
-    mixing = rows[assignment]
-    return lambda logits: jnp.einsum("em,...mc->...ec", mixing, logits, precision="highest")

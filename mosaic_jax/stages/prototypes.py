@@ -1,4 +1,4 @@
-"""Class prototypes: what little a client tells the server about its real data.
+"""Class prototypes: centres of a client's features, the one summary of its real data it sends.
 
 A client clusters the global model's penultimate features of each of its classes with k-means and
 uploads the centres; the meta model learns on them. With `prototypes.features = "experts"` it also
@@ -6,25 +6,26 @@ receives the experts, and the prototype of a cluster is, for each expert, the me
 own features over the cluster: the features the expert's head is given later. (The reference puts
 the global model's features into every expert's head, which none of them was trained on.)
 
-A client that trains a sub-model runs the models it is sent whole, too, one after the other and
-forward only: by the channels of its own sub-model, features are so unlike those that the experts'
-heads are given later that the meta model learns next to nothing (`docs/decisions.md`).
+A client that trains a sub-model also runs the received models whole, one after the other and
+forward only. With the channels of its sub-model, its features would differ so much from those that
+the experts' heads see later that the meta model learns next to nothing (`docs/decisions.md`).
 """
 
 from typing import cast
 
-import flax.linen as nn
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from mosaic_jax import parallel, rng
-from mosaic_jax.data.clients import pack, to_float
-from mosaic_jax.stages.cohort import model_bytes
-from mosaic_jax.stages.federation import Federation, num_bytes
-from mosaic_jax.stages.model_aggregation import averages_parameters, expert_weights
-from mosaic_jax.stages.stage import Stage, State
-from mosaic_jax.types import Array, PyTree
+from mosaic_jax import rng, trees
+from mosaic_jax.data.batches import ClientLists, pack, to_float
+from mosaic_jax.federation import Federation
+from mosaic_jax.stages.cohort import submodel_bytes
+from mosaic_jax.stages.stage import Metrics, Stage, State
+from mosaic_jax.stages.teacher import averages_parameters, expert_weights
+from mosaic_jax.types import Array, TrainingImages, Variables
 
 BATCH = 64
 """Images whose features are computed at a time."""
@@ -33,7 +34,7 @@ BATCH = 64
 def kmeans(
     points: Array, weights: Array, key: Array, k: int, iterations: int
 ) -> tuple[Array, Array]:
-    """k-means of weighted points: k-means++ seeding, then Lloyd's iterations.
+    """Cluster weighted points by k-means: k-means++ seeding, then Lloyd's iterations.
 
     Args:
       points: [n, d].
@@ -46,12 +47,14 @@ def kmeans(
       Memberships [n, k], rows one-hot (zero for padding), and centres [k, d], of which those of
       empty clusters are 0.
     """
+    chex.assert_rank([points, weights], [2, 1])
+    chex.assert_equal_shape_prefix([points, weights], 1)
     first = jax.random.categorical(rng.fold(key, 0), _log(weights))
     centres = jnp.broadcast_to(points[first], (k, points.shape[1]))
 
     def seed(number: Array, centres: Array) -> Array:
-        chosen = jnp.arange(k) < number
-        distances = jnp.where(chosen, _distances(points, centres), jnp.inf).min(axis=1)
+        is_set = jnp.arange(k) < number
+        distances = jnp.where(is_set, _distances(points, centres), jnp.inf).min(axis=1)
         pick = jax.random.categorical(rng.fold(key, number), _log(weights * distances))
         return centres.at[number].set(points[pick])
 
@@ -77,40 +80,61 @@ def _log(weights: Array) -> Array:
 
 
 def _distances(points: Array, centres: Array) -> Array:
-    """Squared distances [n, k]."""
+    """Compute squared distances [n, k]."""
     return jnp.square(points[:, None] - centres[None]).sum(axis=-1)
 
 
 def _means(share: Array, points: Array) -> Array:
-    """Mean of the points of each cluster, 0 where there are none."""
+    """Average the points of each cluster; 0 for an empty one."""
     mass = share.sum(axis=0)[:, None]
     return _sums(share, points) / jnp.where(mass > 0, mass, 1.0)
 
 
 def _sums(share: Array, points: Array) -> Array:
-    """Sums over each cluster [k, d], in full precision on every accelerator."""
+    """Sum over each cluster, [k, d], in full precision on every accelerator."""
     return jnp.matmul(share.T, points, precision=jax.lax.Precision.HIGHEST)
 
 
-def client_prototypes(federation: Federation, shared: PyTree, client: PyTree) -> PyTree:
-    """Prototypes of ONE client.
+class Prototypes(struct.PyTreeNode):
+    """Prototypes of one client's classes, one after the other; stacked, leaves lead with [clients].
 
-    Args:
-      federation: model and settings.
-      shared: "global" and the stacked members of the mixture, "experts", "data", and the stage's
-        "key".
-      client: packed list of the images it may use.
-
-    Returns:
-      "features" [slots, members, d], the prototypes of its classes one after the other, their
-      "labels" [slots] and "valid" [slots], 0 where there is no prototype.
+    Attributes:
+      features: for each member of the mixture, [slots, members, d].
+      labels: their classes, int32 [slots].
+      valid: 0 where there is no prototype, else 1, [slots].
     """
+
+    features: Array
+    labels: Array
+    valid: Array
+
+
+class PrototypeInputs(struct.PyTreeNode):
+    """Downlink of the stage: the input that all clients share.
+
+    Attributes:
+      data: the images that clients index into.
+      experts: the members of the mixture, [members, ...].
+      key: key of the stage.
+      model: the global model.
+    """
+
+    data: TrainingImages
+    experts: Variables
+    key: Array
+    model: Variables
+
+
+def client_prototypes(
+    federation: Federation, inputs: PrototypeInputs, client: ClientLists
+) -> Prototypes:
+    """Compute the prototypes of ONE client from the images it may use."""
     settings, slots = federation.config.prototypes, _slots(federation)
-    features = _features(federation, shared, client)  # [1 + members, capacity, d]
-    labels = shared["data"]["labels"][client["index"]]
-    real = jnp.arange(labels.shape[0]) < client["size"]
+    features = _features(federation, inputs, client)  # [1 + members, padded size, d]
+    labels = inputs.data.labels[client.index]
+    real = jnp.arange(labels.shape[0]) < client.size
     classes = jnp.arange(federation.dataset.num_classes)
-    key = rng.fold(shared["key"], client["id"])
+    key = rng.fold(inputs.key, client.id)
 
     def one_class(label: Array) -> Array:
         weights = ((labels == label) & real).astype(jnp.float32)
@@ -119,22 +143,22 @@ def client_prototypes(federation: Federation, shared: PyTree, client: PyTree) ->
         )
         return members
 
-    members = jnp.moveaxis(jax.vmap(one_class)(classes), 0, 1)  # [capacity, classes, k]
+    members = jnp.moveaxis(jax.vmap(one_class)(classes), 0, 1)  # [padded size, classes, k]
     members = members.reshape(len(labels), -1)
     is_empty = members.sum(axis=0) == 0
     order = jnp.argsort(is_empty, stable=True)[:slots]
     means = jax.lax.map(lambda points: _means(members[:, order], points), features[1:])
-    return {
-        "features": jnp.swapaxes(means, 0, 1),
-        "labels": order // settings.per_class,
-        "valid": (~is_empty[order]).astype(jnp.float32),
-    }
+    return Prototypes(
+        features=jnp.swapaxes(means, 0, 1),
+        labels=order // settings.per_class,
+        valid=(~is_empty[order]).astype(jnp.float32),
+    )
 
 
 def _slots(federation: Federation) -> int:
-    """Room for the prototypes of the client with most of them, rounded up to a power of two.
+    """Return the slots for the client with most prototypes, rounded up to a power of two.
 
-    Room for k of every class would be empty for nearly all classes of nearly all clients.
+    Slots for k of every class would be empty for nearly all classes of nearly all clients.
     """
     most = int(_centres(federation).sum(axis=1).max())
     settings, classes = federation.config.prototypes, federation.dataset.num_classes
@@ -142,66 +166,71 @@ def _slots(federation: Federation) -> int:
 
 
 def _centres(federation: Federation) -> np.ndarray:
-    """Prototypes of each class that each client can have, int [clients, classes]."""
+    """Count the prototypes that each client has of each class, int [clients, classes]."""
     settings = federation.config.prototypes
-    used = np.minimum(federation.counts, settings.images_per_class)
+    used = np.minimum(federation.clients.class_counts, settings.images_per_class)
     return (used > 0) * np.where(used < settings.per_class, 1, settings.per_class)
 
 
-def _features(federation: Federation, shared: PyTree, client: PyTree) -> Array:
-    """Features of the client's images under the global model and every member of the mixture.
+def _features(federation: Federation, inputs: PrototypeInputs, client: ClientLists) -> Array:
+    """Compute features of the client's images under the global model and every member.
 
-    A client stops after its own images: the loop's length is its size, not the capacity.
+    The loop's length is the client's size, not the padded size: a small client stops early.
     """
-    own = federation.config.prototypes.features == "experts"
+    of_experts = federation.config.prototypes.features == "experts"
+    apply = federation.classifier.apply_eval
     models = jax.tree.map(
-        lambda g, e: jnp.concatenate([g[None], e if own else jnp.broadcast_to(g, e.shape)]),
-        shared["global"],
-        shared["experts"],
+        lambda g, e: jnp.concatenate([g[None], e if of_experts else jnp.broadcast_to(g, e.shape)]),
+        inputs.model,
+        inputs.experts,
     )
-    capacity = client["index"].shape[0]
-    padded = jnp.pad(client["index"], (0, -capacity % BATCH))
+    padded_size = client.index.shape[0]
+    padded = jnp.pad(client.index, (0, -padded_size % BATCH))
 
-    def of_batch(number: Array) -> Array:
-        positions = jax.lax.dynamic_slice(padded, (number * BATCH,), (BATCH,))
-        images = to_float(federation.taken(shared["data"], positions))
-        if not own:
-            one = federation.outputs(shared["global"], images).features
-            return jnp.broadcast_to(one, (parallel.count(models), *one.shape))
-        return jax.lax.map(lambda model: federation.outputs(model, images).features, models)
+    def of_batch(step: Array) -> Array:
+        positions = jax.lax.dynamic_slice(padded, (step * BATCH,), (BATCH,))
+        images = to_float(inputs.data.gather(positions))
+        if not of_experts:
+            one = apply(inputs.model, images).features
+            return jnp.broadcast_to(one, (trees.length(models), *one.shape))
+        return jax.lax.map(lambda model: apply(model, images).features, models)
 
     shape = jax.eval_shape(of_batch, jnp.int32(0))
     buffer = jnp.zeros((shape.shape[0], padded.shape[0], shape.shape[2]))
 
-    def fill(number: Array, buffer: Array) -> Array:
-        return jax.lax.dynamic_update_slice(buffer, of_batch(number), (0, number * BATCH, 0))
+    def fill(step: Array, buffer: Array) -> Array:
+        return jax.lax.dynamic_update_slice(buffer, of_batch(step), (0, step * BATCH, 0))
 
-    batches = -(-client["size"] // BATCH)
-    return jax.lax.fori_loop(0, batches, fill, buffer)[:, :capacity]
+    batches = -(-client.size // BATCH)
+    return jax.lax.fori_loop(0, batches, fill, buffer)[:, :padded_size]
 
 
-def collect(federation: Federation) -> Stage:
-    """Prototypes of all clients and classes, as one compiled call."""
-    clients = federation.place(_subset(federation))
-    mapped = federation.map(lambda shared, client: client_prototypes(federation, shared, client))
+def stage(federation: Federation) -> Stage:
+    """Return the stage `prototypes`: those of all clients and classes, as one compiled call."""
+    layout = federation.layout
+    clients = layout.put_replicated(_subset(federation))
+    mapped = layout.map_clients(
+        lambda inputs, client: client_prototypes(federation, inputs, client)
+    )
 
-    def all_clients(shared: PyTree, clients: PyTree) -> tuple[PyTree, PyTree]:
-        prototypes = federation.spread(mapped(shared, clients))
-        return prototypes, {"prototypes": prototypes["valid"].sum(axis=1)}
+    def all_clients(
+        inputs: PrototypeInputs, clients: ClientLists
+    ) -> tuple[Prototypes, dict[str, Array]]:
+        prototypes: Prototypes = layout.shard_clients(mapped(inputs, clients))
+        return prototypes, {"prototypes": prototypes.valid.sum(axis=1)}
 
-    compiled = federation.jit(all_clients)
-    key = federation.place(federation.key("prototypes"))
+    compiled = layout.jit(all_clients)
+    key = layout.put_replicated(federation.key("prototypes"))
 
-    def run(state: State) -> tuple[PyTree, PyTree]:
-        shared = {"global": state["global"], "experts": state["experts"]}
-        result = compiled(shared | {"data": federation.data, "key": key}, clients)
-        return cast(tuple[PyTree, PyTree], result)
+    def run(state: State) -> tuple[Prototypes, Metrics]:
+        inputs = PrototypeInputs(federation.data, state["experts"], key, state["global"])
+        return cast(tuple[Prototypes, Metrics], compiled(inputs, clients))
 
     download, upload = _traffic(federation)
     return Stage(
         name="prototypes",
         blocks=1,
-        start=lambda state: federation.empty(run, state)[0],
+        start=lambda state: layout.zeros_like_output(run, state)[0],
         block=lambda state, carry, index: run(state),
         finish=lambda state, carry: state | {"prototypes": carry},
         download=download,
@@ -210,41 +239,34 @@ def collect(federation: Federation) -> Stage:
     )
 
 
-def _subset(federation: Federation) -> PyTree:
-    """Packed lists of at most `images_per_class` images of each class a client holds."""
+def _subset(federation: Federation) -> ClientLists:
+    """Pack at most `images_per_class` images of each class that a client holds."""
     limit, labels = federation.config.prototypes.images_per_class, federation.dataset.train_labels
-    chosen = []
-    for indices in federation.indices:
+    subset = []
+    for indices in federation.clients.indices:
         parts = [indices[labels[indices] == label][:limit] for label in np.unique(labels[indices])]
-        chosen.append(np.concatenate(parts))
-    return pack(chosen, labels, federation.dataset.num_classes)
+        subset.append(np.concatenate(parts))
+    return pack(subset, labels, federation.dataset.num_classes)
 
 
 def _traffic(federation: Federation) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes each client receives and sends, as float32.
+    """Return the bytes each client receives and sends, as float32, [clients] each.
 
-    Down go the members of the mixture, which only "experts" features need; the global model is
-    there already. Up go the prototypes of the classes a client holds, one for each member or one in
-    all.
+    Clients receive the members of the mixture, which only "experts" features need; they have the
+    global model. They send the prototypes of their classes, one a member or one in all.
     """
-    settings, counts = federation.config.prototypes, federation.counts
+    settings, classifier = federation.config.prototypes, federation.classifier
     if settings.features == "global":
-        download, features = 0, _feature_width(federation, federation.model)
+        download, features = 0, classifier.feature_size()
     elif averages_parameters(federation):
-        members = len(expert_weights(counts)[0])
-        download = members * num_bytes(federation.shapes(federation.model))
-        features = members * _feature_width(federation, federation.model)
+        members = len(expert_weights(federation.clients.class_counts)[0])
+        download = members * trees.num_bytes(classifier.abstract_variables())
+        features = members * classifier.feature_size()
     else:
-        download = model_bytes(federation).sum()
+        download = submodel_bytes(federation).sum()
         features = sum(
-            len(group.members) * _feature_width(federation, group.model)
+            len(group.members) * classifier.feature_size(group.module)
             for group in federation.groups
         )
-    return np.full(len(counts), download), 4 * features * _centres(federation).sum(axis=1)
-
-
-def _feature_width(federation: Federation, model: nn.Module) -> int:
-    """Penultimate features of a model, d."""
-    images = jnp.zeros((1, *federation.dataset.image_shape))
-    outputs = jax.eval_shape(model.apply, federation.shapes(model), images)
-    return int(outputs.features.shape[-1])
+    upload = 4 * features * _centres(federation).sum(axis=1)
+    return np.full(federation.num_clients, download), upload

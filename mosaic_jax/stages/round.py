@@ -2,76 +2,138 @@
 
 Element by element over the clients that hold it: theta[e] <- sum_i w_i theta_i[e] / sum_i w_i over
 the clients of the round whose sub-model has e; an element nobody holds stays. With whole models and
-w_i = n_i this is FedAvg, batch-norm statistics included. The sums stream over the clients, several
-rows of weights at once, so that class experts cost no second pass.
+w_i = n_i this is FedAvg, batch-norm statistics included. The sums stream over the clients, with
+several columns of weights at once, so that class experts cost no second pass.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from mosaic_jax import parallel, rng
+from mosaic_jax import rng, trees
+from mosaic_jax.data.batches import ClientLists
+from mosaic_jax.federation import Federation, Group
 from mosaic_jax.models import submodel
-from mosaic_jax.models.normalisation import norms, with_norms
-from mosaic_jax.stages.federation import Federation, Group
-from mosaic_jax.stages.local_update import ClientUpdate
+from mosaic_jax.parallel import take_clients
+from mosaic_jax.stages.cohort import Cohort
+from mosaic_jax.stages.local_update import ClientUpdate, RoundInputs
 from mosaic_jax.types import Array, PyTree, Variables
 
-Round = Callable[[PyTree, PyTree, PyTree], PyTree]
+
+class RoundClient(struct.PyTreeNode):
+    """One client's input: its packed lists, and what it keeps of its own (FedBN's batch norms)."""
+
+    lists: ClientLists
+    own: PyTree
+
+
+class Uplink(struct.PyTreeNode):
+    """Uplink of a client, summed over the clients.
+
+    Attributes:
+      held: 1 where the client sends an element, else 0; broadcasts against `model`.
+      model: its elements in the shapes of the whole model, 0 elsewhere.
+    """
+
+    held: PyTree
+    model: Variables
+
+
+class ClientResult(struct.PyTreeNode):
+    """What is kept of each client of a round.
+
+    Attributes:
+      metrics: loss and accuracy on its batches, and "diverged".
+      model: its model as a whole one that computes the same; None if not asked for.
+      own: what it keeps until its next round.
+    """
+
+    metrics: dict[str, Array]
+    model: Variables | None
+    own: PyTree
+
+
+class RoundState(struct.PyTreeNode):
+    """What rounds carry; a round takes its buffers over (donation).
+
+    Attributes:
+      model: the global model, replicated.
+      own: what every client keeps of its own, [clients, ...].
+      server: what a method's server carries.
+    """
+
+    model: Variables
+    own: PyTree
+    server: PyTree = None
+
+
+class RoundResult(struct.PyTreeNode):
+    """Result of a round.
+
+    Attributes:
+      client_models: models of the cohort's clients [k, ...] as whole ones; None if not asked for.
+      metrics: of the cohort's clients, [k].
+      others: averages by the other columns of weights, [columns, ...].
+      state: the next state; without "server".
+    """
+
+    client_models: Variables | None
+    metrics: dict[str, Array]
+    others: Variables
+    state: RoundState
+
+
+Round = Callable[[RoundState, RoundInputs, Cohort], RoundResult]
 
 
 class OneClient:
-    """What ONE client of a group does in a round: receive, train, send.
+    """Receive, train and send: the round of ONE client of a group.
 
     Args:
       update: its training.
       group: capacity and model.
       scheme: which channels a sub-model holds, see `models.submodel`.
-      keep: whether its model is kept, too.
+      return_models: whether its model outlives the round.
     """
 
-    def __init__(self, update: ClientUpdate, group: Group, scheme: str, keep: bool):
-        self.update = dataclasses.replace(update, model=group.model)
-        self.capacity, self.scheme, self.keep = group.capacity, scheme, keep
+    def __init__(self, update: ClientUpdate, group: Group, scheme: str, return_models: bool):
+        self.update = dataclasses.replace(update, module=group.module)
+        self.capacity, self.scheme, self.return_models = group.capacity, scheme, return_models
         self.federation = update.federation
-        self.streams = submodel.streams_of(self.federation.model) if self.capacity < 1 else {}
+        module = self.federation.classifier.module
+        self.channel_groups = submodel.channel_groups_of(module) if self.capacity < 1 else {}
 
-    def __call__(self, shared: PyTree, client: PyTree) -> tuple[PyTree, PyTree]:
-        """See `parallel.reduce_clients`: summands "model" and "held", and what is kept."""
-        full = shared["variables"]
-        if self.update.personal:
-            full = with_norms(full, client["norms"])
-        sets = held_channels(
-            self.federation, self.capacity, self.scheme, full, shared["round"], client["id"]
+    def __call__(self, inputs: RoundInputs, client: RoundClient) -> tuple[Uplink, ClientResult]:
+        """Run the client's round; see `parallel.reduce_clients`."""
+        lists, update = client.lists, self.update
+        assert inputs.variables is not None
+        full = update.receive(inputs.variables, client.own)
+        channels = held_channels(
+            self.federation, self.capacity, self.scheme, full, inputs.round_index, lists.id
         )
-        received = submodel.extract(full, self.streams, sets)
-        given = shared | {"variables": received, "sets": sets}
-        trained, metrics = self.update(given, client)
+        received = submodel.extract(full, self.channel_groups, channels)
+        trained, metrics = update(inputs.replace(variables=received, channels=channels), lists)
         trained, metrics, took_part = _unless_diverged(trained, metrics, received)
-        model = submodel.embed(trained, self.streams, sets, full)
-        held = submodel.coverage(full, self.streams, submodel.masks(sets, self.streams, full))
-        kept: dict[str, Any] = {"metrics": metrics}
-        if self.keep:
-            kept["clients"] = submodel.widened(model, 1 / self.capacity)
-        if self.update.personal:
-            own = jax.tree.map(lambda new, old, part: new + (1 - part) * old, model, full, held)
-            kept["norms"] = norms(own)
-        if self.update.masked:
-            held = _head_rows(held, client["class_counts"] > 0)
-        held = jax.tree.map(lambda part: part * took_part, held)
-        return {"model": jax.tree.map(jnp.multiply, model, held), "held": held}, kept
+        model = submodel.embed(trained, self.channel_groups, channels, full)
+        masks = submodel.channel_masks(channels, self.channel_groups, full)
+        held = submodel.element_mask(full, self.channel_groups, masks)
+        whole = submodel.as_full_model(model, 1 / self.capacity) if self.return_models else None
+        result = ClientResult(metrics, whole, update.keep(model, held, full))
+        held = jax.tree.map(lambda part: part * took_part, update.mask(held, lists))
+        return Uplink(held, jax.tree.map(jnp.multiply, model, held)), result
 
 
 def _unless_diverged(
     trained: Variables, metrics: dict[str, Array], received: Variables
 ) -> tuple[Variables, dict[str, Array], Array]:
-    """What a client ends its round with: a diverged one with what it received, and figures of 0.
+    """Replace a diverged client's model by the one it received, and its metrics by 0.
 
-    Also 1 or, for one that sends nothing, 0; "diverged" among the metrics is the opposite.
+    Also return 1, or 0 for a client that diverged and sends nothing; the metric "diverged" is the
+    opposite.
     """
     leaves = [*jax.tree.leaves(trained), metrics["loss"]]
     finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
@@ -81,33 +143,29 @@ def _unless_diverged(
     return trained, metrics | {"diverged": 1 - took_part}, took_part
 
 
-def _head_rows(held: PyTree, classes: Array) -> PyTree:
-    """Only these classes' rows of the head count as held."""
-    head = jax.tree.map(lambda leaf: leaf * classes, held["params"]["head"])
-    return {**held, "params": {**held["params"], "head": head}}
-
-
 def held_channels(
     federation: Federation,
     capacity: float,
     scheme: str,
     full: Variables,
-    round: Array | int,
-    number: Array | int,
-) -> submodel.Sets:
-    """The channels that a client of some capacity holds in a round; empty for the whole model."""
+    round_index: Array | int,
+    client_id: Array | int,
+) -> submodel.ChannelIndices:
+    """Return the channels that a client holds in a round; empty for the whole model."""
     if capacity == 1:
         return {}
-    streams = submodel.streams_of(federation.model)
-    key = rng.fold(federation.key("submodel"), round, number)
-    return submodel.index_sets(streams, full, capacity, scheme, round, key)
+    groups = submodel.channel_groups_of(federation.classifier.module)
+    key = rng.fold(federation.key("submodel"), round_index, client_id)
+    return submodel.channel_indices(
+        groups, full, capacity=capacity, scheme=scheme, round_index=round_index, key=key
+    )
 
 
-def averaged(sums: PyTree, previous: PyTree) -> PyTree:
-    """theta = sum_i w_i theta_i / sum_i w_i of each element; `previous` where nobody holds it.
+def averaged(sums: Uplink, previous: PyTree) -> PyTree:
+    """Return theta = sum_i w_i theta_i / sum_i w_i of each element, or `previous` if nobody has it.
 
     Args:
-      sums: "model" and "held", [...] of one row of weights or [rows, ...] of several.
+      sums: weighted sums over clients, [...] of one column of weights or [columns, ...] of several.
       previous: broadcasts against them.
     """
 
@@ -115,7 +173,7 @@ def averaged(sums: PyTree, previous: PyTree) -> PyTree:
         held = jnp.broadcast_to(held, model.shape)
         return jnp.where(held > 0, model / jnp.where(held > 0, held, 1.0), before)
 
-    return jax.tree.map(mean, sums["model"], sums["held"], previous)
+    return jax.tree.map(mean, sums.model, sums.held, previous)
 
 
 def round_function(
@@ -123,77 +181,96 @@ def round_function(
     update: ClientUpdate,
     *,
     scheme: str | None = None,
-    keep: bool = False,
+    return_models: bool = False,
 ) -> Round:
     """Compile one round; the same function serves every round and learning rate.
 
     Args:
       federation: model, clients and layout.
-      update: what a client does.
+      update: the clients' training.
       scheme: of sub-models; `submodel.scheme` if not given.
-      keep: whether the clients' models outlive the round, rather than their sums only.
+      return_models: whether the clients' models outlive the round, rather than their sums only.
 
     Returns:
-      `round(carry, shared, cohort)`, which takes `carry` over (it is donated): {"global":
-      variables} and, if batch norms are personal, "norms" [clients, ...]; `shared` is all else
-      that `ClientUpdate` is given, and "round"; `cohort` is of `cohort.cohort_of`. A dict: the next
-      "carry", "others", the averages of the other columns of weights [columns, ...], "metrics" of
-      the cohort's clients and, if kept, their models, "clients", as whole ones. The models of all
-      are on every device, stacks are spread over the devices.
+      `round(state, inputs, cohort)`, which takes the buffers of `state` over (donation). The
+      global model of the result is replicated, stacks are sharded over the devices.
     """
     scheme = scheme or federation.config.submodel.scheme
+    layout = federation.layout
     reduces = [
-        federation.reduce(OneClient(update, group, scheme, keep)) for group in federation.groups
+        layout.reduce_clients(OneClient(update, group, scheme, return_models))
+        for group in federation.groups
     ]
 
-    def one_round(carry: PyTree, shared: PyTree, cohort: PyTree) -> PyTree:
-        variables, results = carry["global"], []
-        for reduce, ids, weights in zip(reduces, cohort["ids"], cohort["weights"], strict=True):
-            clients = cohort["lists"] | ({"norms": carry["norms"]} if update.personal else {})
-            members = parallel.chosen(clients, ids)
-            results.append(reduce(shared | {"variables": variables}, members, weights))
+    def one_round(state: RoundState, inputs: RoundInputs, cohort: Cohort) -> RoundResult:
+        clients = RoundClient(cohort.lists, state.own)
+        results = [
+            reduce(inputs.replace(variables=state.model), take_clients(clients, ids), weights)
+            for reduce, ids, weights in zip(
+                reduces, cohort.group_ids, cohort.group_weights, strict=True
+            )
+        ]
         sums = _total([sums for sums, _ in results])
-        kept = _in_order([kept for _, kept in results], cohort["slots"])
-        first = averaged(jax.tree.map(lambda leaf: leaf[0], sums), variables)
-        after = {"global": federation.everywhere(first)}
-        if update.personal:
-            own = _replaced(carry["norms"], cohort["clients"], kept.pop("norms"))
-            after["norms"] = federation.spread(own)
-        others = averaged(jax.tree.map(lambda leaf: leaf[1:], sums), first)
-        return federation.spread(kept) | {"carry": after, "others": federation.spread(others)}
+        kept = _in_order([kept for _, kept in results], cohort.slots)
+        first = averaged(trees.take(sums, 0), state.model)
+        others = averaged(trees.take(sums, slice(1, None)), first)
+        own = layout.shard_clients(_replaced(state.own, cohort.client_ids, kept.own))
+        return RoundResult(
+            client_models=layout.shard_clients(kept.model),
+            metrics=layout.shard_clients(kept.metrics),
+            others=layout.shard_clients(others),
+            state=RoundState(layout.replicate(first), own),
+        )
 
-    return federation.jit(one_round, donate_argnums=0)
+    return layout.jit(one_round, donate_argnums=0)
 
 
-def _in_order(groups: list[PyTree], slots: Array) -> PyTree:
-    """The groups' stacks as one, in the order of the cohort; a single group's is in it."""
+def _in_order(groups: list[ClientResult], slots: Array) -> ClientResult:
+    """Join the groups' stacks in the order of the cohort; a single group is in that order."""
     if len(groups) == 1:
-        return dict(groups[0])
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[slots], *groups)
+        return groups[0]
+    return trees.take(trees.concatenate(*groups), slots)
 
 
 def _replaced(stack: PyTree, ids: Array, rows: PyTree) -> PyTree:
-    """A stack with these rows anew."""
-    if len(ids) == parallel.count(stack):
+    """Replace rows of a stack; all rows are simply the new stack."""
+    if not jax.tree.leaves(stack) or len(ids) == trees.length(stack):
         return rows
     return jax.tree.map(lambda old, new: old.at[ids].set(new), stack, rows)
 
 
-def _total(groups: list[PyTree]) -> PyTree:
-    """Sum over groups; shares held of whole models broadcast against those of parts."""
+def _total(groups: list[Uplink]) -> Uplink:
+    """Sum over groups; masks of whole models broadcast against those of sub-models."""
     total, *rest = groups
     for other in rest:
         total = jax.tree.map(jnp.add, total, other)
     return total
 
 
-def shared_numbers(
-    federation: Federation, steps: int, rate: float, index: int, first_round: int
-) -> PyTree:
-    """What all clients are given in one round of a stage, beside data and key."""
-    numbers = {
-        "learning_rate": np.float32(rate),
-        "first_step": np.int32(index * steps),
-        "round": np.int32(first_round + index),
-    }
-    return federation.place(numbers)
+def round_inputs(
+    federation: Federation,
+    key: Array,
+    *,
+    steps: int,
+    learning_rate: float,
+    index: int,
+    first_round: int,
+) -> RoundInputs:
+    """Make the downlink of one round of a stage, but for the model.
+
+    Args:
+      federation: images and layout.
+      key: the stage's, replicated.
+      steps: each client's in a round.
+      learning_rate: of this round.
+      index: of the round in its stage.
+      first_round: rounds made before the stage.
+    """
+    numbers = federation.layout.put_replicated(
+        {
+            "learning_rate": np.float32(learning_rate),
+            "first_step": np.int32(index * steps),
+            "round_index": np.int32(first_round + index),
+        }
+    )
+    return RoundInputs(data=federation.data, key=key, **numbers)

@@ -1,61 +1,59 @@
-"""Rounds as a stage: who takes part, what the server does after each, and what it all costs."""
+"""Rounds as a stage: participation, the server's step after each round, and the traffic."""
 
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mosaic_jax.models.normalisation import norms
+from mosaic_jax import trees
+from mosaic_jax.federation import Federation
 from mosaic_jax.stages import calibration
-from mosaic_jax.stages.cohort import (
-    cohort_of,
-    equal_weights,
-    participants,
-    round_bytes,
-    size_weights,
-)
-from mosaic_jax.stages.evaluation import answers, evaluator, predictor
-from mosaic_jax.stages.federation import Federation, num_bytes
+from mosaic_jax.stages.cohort import Cohort, cohort_of, participants, round_bytes, size_weights
+from mosaic_jax.stages.evaluation import evaluator, predictions, predictor
 from mosaic_jax.stages.local_update import ClientUpdate
-from mosaic_jax.stages.round import round_function, shared_numbers
-from mosaic_jax.stages.stage import Stage, State
+from mosaic_jax.stages.round import RoundState, round_function, round_inputs
+from mosaic_jax.stages.stage import Metrics, Stage, State
 from mosaic_jax.types import Array, PyTree, Variables
 
 
 class Server(Protocol):
-    """What a server does after the average of every round, and what it sends before."""
+    """A method's server: its step after the average of every round, and what it sends before."""
 
     def start(self, variables: Variables) -> PyTree:
-        """What it carries from round to round; traceable."""
+        """Return what the server carries before the first round; traceable."""
 
     def send(self, carry: PyTree) -> dict[str, PyTree]:
-        """What clients are given beside the model."""
+        """Return what clients receive beside the model, by name."""
 
     def __call__(
-        self, variables: Variables, carry: PyTree, clients: Variables, cohort: PyTree, round: Array
-    ) -> tuple[Variables, PyTree, PyTree]:
-        """The next global model, what is carried, and metrics, from the cohort's models."""
+        self,
+        variables: Variables,
+        carry: PyTree,
+        client_models: Variables,
+        cohort: Cohort,
+        round_index: Array,
+    ) -> tuple[Variables, PyTree, dict[str, Array]]:
+        """Return the next global model, the carry, and metrics, from the cohort's models."""
 
 
 class Rounds:
-    """Some rounds, from `state[model]` to `state["global"]`.
+    """A number of rounds that train `state[model]`.
 
     Args:
       federation: clients and layout.
-      update: what a client does; whose batch norms are personal, keeps them as `state["norms"]`.
+      update: the clients' training. If it keeps a part of the model on the client (its hook
+        `initial_own`), the stage leaves all clients' parts as `state["own"]`.
       name: of the stage.
       count: rounds.
       learning_rate: a number or a function of the round.
-      model: which model the first round starts from.
+      model: name of the model in the state that the first round starts from.
+      output: name under which the stage leaves the trained model.
       first_round: rounds made before this stage.
       scheme: of sub-models; `submodel.scheme` if not given.
       weights: of the clients in the average, [clients, 1]; n_i if not given.
-      server: what the server does beyond the average.
+      server: the server's step beyond the average.
     """
-
-    STACKS = frozenset({"norms"})
 
     def __init__(
         self,
@@ -66,22 +64,25 @@ class Rounds:
         learning_rate: float | optax.Schedule,
         *,
         model: str = "global",
+        output: str = "global",
         first_round: int = 0,
         scheme: str | None = None,
         weights: np.ndarray | None = None,
         server: Server | None = None,
     ):
         self.federation, self.update, self.name, self.server = federation, update, name, server
-        self.model, self.first_round = model, first_round
+        self.model, self.output, self.first_round = model, output, first_round
         rate = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
         self.rates = [float(rate(index)) for index in range(count)]
         self.weights = size_weights(federation) if weights is None else weights
-        self.run = round_function(federation, update, scheme=scheme, keep=server is not None)
+        self.run = round_function(
+            federation, update, scheme=scheme, return_models=server is not None
+        )
         self.calibrate = calibration.calibrator(federation)
-        self.shared = {"data": federation.data, "key": federation.place(federation.key(name))}
+        self.key = federation.layout.put_replicated(federation.key(name))
 
     def stage(self) -> Stage:
-        """All of them."""
+        """Return all rounds as a stage."""
         predict, (download, upload) = predictor(self.federation), self.traffic()
         evaluate = evaluator(self.federation, predict)
         return Stage(
@@ -89,97 +90,104 @@ class Rounds:
             blocks=len(self.rates),
             start=self.start,
             block=self.block,
-            finish=lambda state, carry: state | carry,
-            evaluate=lambda state: evaluate(state["global"]),
+            finish=self.finish,
+            evaluate=lambda state: evaluate(state[self.output]),
             client_steps=self.update.steps * len(self.participants(0)),
             download=download,
             upload=upload,
-            stacks=self.STACKS,
-            exhibits={f"answers_{self.name}": answers(self.federation, predict, "global")},
+            stacks=frozenset({"own"}),
+            artifacts={f"answers_{self.name}": predictions(self.federation, predict, self.output)},
         )
 
     def participants(self, index: int) -> np.ndarray:
-        """Who takes part in a round of this stage."""
+        """Return the clients of a round of this stage."""
         return participants(self.federation, self.first_round + index)
 
     def is_calibrated(self, index: int) -> bool:
-        """Whether clients take batch-norm statistics anew after a round: before they are used."""
+        """Return whether batch statistics are recomputed after a round, because they are used."""
         used = (index + 1) % self.federation.config.run.evaluate_every == 0
         used = used or self.server is not None or index + 1 == len(self.rates)
         return used and self.federation.has_submodels
 
-    def start(self, state: State) -> PyTree:
-        """The global model, what clients keep, and what the server carries."""
-        carry = {"global": state[self.model]}
-        if self.update.personal:
-            carry["norms"] = _everyones(self.federation, norms(state[self.model]))
-        if self.server is not None:
-            carry["server"] = self.server.start(state[self.model])
-        return self.federation.fresh(carry, self.STACKS)
+    def start(self, state: State) -> RoundState:
+        """Start from the named model, with what clients keep and what the server carries."""
+        model = state[self.model]
+        own = trees.broadcast(self.update.initial_own(model), self.federation.num_clients)
+        server = None if self.server is None else self.server.start(model)
+        start: RoundState = self.federation.layout.copy_for_donation(
+            RoundState(model, own, server), {"own"}
+        )
+        return start
 
-    def block(self, state: State, carry: PyTree, index: int) -> tuple[PyTree, PyTree]:
-        """One round."""
+    def finish(self, state: State, carry: RoundState) -> State:
+        """Leave the trained model, and what clients keep, if anything."""
+        own = {"own": carry.own} if jax.tree.leaves(carry.own) else {}
+        return state | {self.output: carry.model} | own
+
+    def block(self, state: State, carry: RoundState, index: int) -> tuple[RoundState, Metrics]:
+        """Run one round."""
         federation, clients = self.federation, self.participants(index)
-        numbers = shared_numbers(
-            federation, self.update.steps, self.rates[index], index, self.first_round
+        inputs = round_inputs(
+            federation,
+            self.key,
+            steps=self.update.steps,
+            learning_rate=self.rates[index],
+            index=index,
+            first_round=self.first_round,
         )
         cohort = cohort_of(federation, clients, self.weights)
-        models = {name: part for name, part in carry.items() if name != "server"}
-        sent = {} if self.server is None else self.server.send(carry["server"])
-        result = self.run(models, self.shared | numbers | sent, cohort)
-        after, metrics = result["carry"], result["metrics"]
+        if self.server is not None:
+            inputs = inputs.replace(from_server=self.server.send(carry.server))
+        result = self.run(carry.replace(server=None), inputs, cohort)
+        after, metrics = result.state, dict[str, Any](result.metrics)
         if self.is_calibrated(index):
             # Two programs with collectives in flight can starve each other of threads on a CPU.
-            jax.block_until_ready(after["global"])
-            after["global"], _ = self.calibrate(after["global"], None, self.shared, cohort)
+            jax.block_until_ready(after.model)
+            model, _ = self.calibrate(after.model, None, inputs, cohort)
+            after = after.replace(model=model)
         if self.server is not None:
-            jax.block_until_ready(after["global"])
-            after["global"], after["server"], of_server = self.server(
-                after["global"], carry["server"], result["clients"], cohort, numbers["round"]
+            assert result.client_models is not None
+            jax.block_until_ready(after.model)
+            model, server, of_server = self.server(
+                after.model, carry.server, result.client_models, cohort, inputs.round_index
             )
-            metrics |= of_server
+            after, metrics = after.replace(model=model, server=server), metrics | of_server
         if len(clients) < federation.num_clients:
             metrics["clients"] = clients
         return after, metrics
 
     def traffic(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes each client receives and sends in all of them."""
-        federation, count = self.federation, len(self.rates)
-        times, calibrations = np.zeros((2, federation.num_clients))
-        for index in range(count):
-            times[self.participants(index)] += 1
+        """Return the bytes that each client receives and sends in all rounds, [clients] each."""
+        federation = self.federation
+        rounds, calibrations = np.zeros((2, federation.num_clients))
+        for index in range(len(self.rates)):
+            rounds[self.participants(index)] += 1
             calibrations[self.participants(index)] += self.is_calibrated(index)
-        down, up = round_bytes(federation, times)
+        down, up = round_bytes(federation, rounds)
         if self.server is not None:
-            server, shapes = self.server, federation.shapes(federation.model)
+            server, shapes = self.server, federation.classifier.abstract_variables()
             sent = jax.eval_shape(lambda model: server.send(server.start(model)), shapes)
-            down = down + times * num_bytes(sent)
-        whole, statistics = calibration.model_bytes(federation)
+            down = down + rounds * trees.num_bytes(sent)
+        whole, statistics = calibration.calibration_bytes(federation)
         return down + calibrations * whole, up + calibrations * statistics
 
 
-def _everyones(federation: Federation, tree: PyTree) -> PyTree:
-    """The same for every client: leaves [clients, ...]."""
-    count = federation.num_clients
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), tree)
-
-
 def warm_up(federation: Federation, update: ClientUpdate, **options: Any) -> Stage:
-    """The rounds of `local_update`, their learning rate constant or falling along a cosine."""
+    """Return the stage `local_update`: its rounds, at a constant or cosine learning rate.
+
+    Args:
+      federation: clients and layout.
+      update: the clients' training.
+      **options: see `Rounds`.
+    """
     count = federation.config.local_update.rounds
     return Rounds(
         federation, update, "local_update", count, schedule(federation), **options
     ).stage()
 
 
-def partial_training(federation: Federation, scheme: str) -> list[Stage]:
-    """The sub-model methods: masked cross-entropy, and every holder of an element counts alike."""
-    update = ClientUpdate(federation, federation.config.local_update.steps, masked=True)
-    return [warm_up(federation, update, scheme=scheme, weights=equal_weights(federation))]
-
-
 def schedule(federation: Federation) -> optax.Schedule:
-    """Learning rate of each round of `local_update`."""
+    """Return the learning rate of each round of `local_update`."""
     settings = federation.config.local_update
     rate, last = settings.learning_rate, settings.final_learning_rate
     alpha = 1.0 if last is None else last / rate

@@ -1,0 +1,172 @@
+"""Plan one TPU slice: its chips, the run's settings and shapes, and lanes that fit."""
+
+import argparse
+import importlib.util
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mosaic_jax import parallel, settings
+from mosaic_jax.config import Config
+from mosaic_jax.data import published, sources
+from mosaic_jax.plan.abstract import Program, Record, abstract_federation, walk
+from mosaic_jax.plan.chips import CHIPS, Chip
+from mosaic_jax.plan.tables import SlicePlan
+from mosaic_jax.sweep import launch
+from mosaic_jax.types import Dataset, UserError
+
+IMAGES = {
+    "mnist": (60_000, 10_000),
+    "fashion_mnist": (60_000, 10_000),
+    "svhn": (73_257, 26_032),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "tiny_imagenet": (100_000, 10_000),
+    "food101": (75_750, 25_250),
+}
+"""Numbers of training and test images of the published sets."""
+
+ROOM = 100
+"""Minimum ratio of average to smallest client size for a Dirichlet split. Below it, draws without
+a client that is too small are too rare."""
+
+
+def dataset(config: Config) -> Dataset:
+    """Return black images and evenly spread labels, of the shape and number of the config's set.
+
+    Raises:
+      UserError: there is no such set, or it has no fixed shape.
+    """
+    about, data = published.SETS.get(config.data.name), config.data
+    if about is None:
+        if data.name not in ("digits", "synthetic"):
+            known = sorted([*published.SETS, "digits", "synthetic"])
+            raise UserError(unknown_name("data set", data.name, known))
+        return sources.load(
+            data.name,
+            image_size=data.image_size,
+            train_images=data.train_images,
+            test_images=data.test_images,
+            seed=config.seed,
+        )
+    size, channels = data.image_size or about.sizes[0], len(about.mean)
+    given = zip((data.train_images, data.test_images), IMAGES[about.name], strict=True)
+    train, test = (count or whole for count, whole in given)
+
+    def labels(count: int) -> np.ndarray:
+        return (np.arange(count) % about.num_classes).astype(np.int32)
+
+    def images(count: int) -> np.ndarray:
+        return np.zeros((count, size, size, channels), np.uint8)
+
+    return Dataset(
+        about.name,
+        images(train),
+        labels(train),
+        images(test),
+        labels(test),
+        about.num_classes,
+        about.mean,
+        about.std,
+    )
+
+
+def settings_of(
+    arguments: argparse.Namespace, clients: int, dtype: str, lanes: int | None
+) -> tuple[Config, list[str]]:
+    """Return the config's settings for a number of clients, and notes on what had to change.
+
+    Raises:
+      UserError: there is no such config or setting, or its value is wrong.
+    """
+    changes = {"partition.clients": clients, "model.dtype": dtype} | dict(arguments.set)
+    config = _config(arguments.config, changes)
+    notes, split = [], config.partition
+    images = config.data.train_images or IMAGES.get(config.data.name, (None,))[0]
+    if split.kind == "dirichlet" and images and images < ROOM * split.minimum * clients:
+        notes.append(
+            f"{images} images are too few for a Dirichlet({split.alpha:g}) split over {clients} "
+            f"clients with {split.minimum} each: partition.kind = iid"
+        )
+        changes["partition.kind"] = "iid"
+    known = IMAGES.get(config.data.name, (images,))[0]
+    if images and known and images > known:
+        notes.append(f"{config.data.name} has {known} images; here it has {images}")
+    if config.model.conv == "auto":
+        changes["model.conv"] = "native"  # what "auto" is on a TPU
+    if lanes is not None:
+        changes["parallel.lanes"] = lanes
+    return _config(arguments.config, changes), notes
+
+
+def _config(given: str, changes: dict[str, Any]) -> Config:
+    name, _, options = given.partition(":")
+    get_config = launch.get_config(name)
+    for setting in changes:
+        if setting not in settings.names():
+            raise UserError(unknown_name("setting", setting, settings.names()))
+    try:
+        return launch.configure(get_config, options, 0, changes)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def slice_mesh(topology: str, count: int | None) -> tuple[Chip, Mesh]:
+    """Return the kind of a slice's chips and a mesh of one axis over them.
+
+    Args:
+      topology: the compiler's name of the slice, as `v5e:16x16`.
+      count: how many of its chips to use; None uses all.
+
+    Raises:
+      UserError: there is no compiler, or it knows no such slice.
+    """
+    chip = CHIPS.get(topology.partition(":")[0])
+    if chip is None:
+        known = list(CHIPS)
+        raise UserError(unknown_name("chip", topology.partition(":")[0], known))
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("libtpu is not installed; pip install '.[tpu]'")
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(topology, "tpu").devices
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the compiler knows no slice {topology!r}: {reason}") from None
+    return chip, Mesh(np.array(devices[:count]), (parallel.AXIS,))
+
+
+def plan_slice(
+    arguments: argparse.Namespace, chip: Chip, mesh: Mesh, clients: int, dtype: str
+) -> SlicePlan:
+    """Plan the method on a slice; halve the lanes as long as a stage does not fit."""
+    lanes: int | None = None
+    tried: list[str] = []
+    while True:
+        config, notes = settings_of(arguments, clients, dtype, lanes)
+        record = Record(arguments.cache, _progress)
+        here = Mesh(np.array(jax.devices("cpu")[:1]), (parallel.AXIS,))
+        built = build_federation(config, dataset(config), here)
+        federation = abstract_federation(built, mesh, record)
+        stages, _ = walk(federation, arguments.until, arguments.evaluation)
+        unfit = [each for each in record.programs if not each.figures.fits]
+        now = parallel.lanes_for(config.parallel.lanes, clients, mesh)
+        if federation.batch_size < config.local_update.batch_size:
+            size = federation.batch_size
+            notes.append(f"no client holds more than {size} images: local steps are of {size}")
+        found = SlicePlan(chip, mesh.size, config, stages, record.programs, notes + tried)
+        if not unfit or now == 1 or arguments.keep_lanes:
+            return found
+        names = ", ".join(dict.fromkeys(each.stage for each in unfit))
+        lanes = now // 2
+        tried.append(f"{now} lanes do not fit in {names}: parallel.lanes = {lanes}")
+
+
+def _progress(program: Program) -> None:
+    held = program.figures.held / 2**30
+    line = f"{program.stage}: {program.phase} {program.name}, {held:.2f} GiB"
+    print(line, file=sys.stderr, flush=True)

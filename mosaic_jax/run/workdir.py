@@ -1,0 +1,160 @@
+"""The files of a work directory, which is a run: its lock, its settings, its summary.
+
+`config.json`, `clients.json`, `in_use`, `summary.json` and the artifacts; each is written whole or
+not at all.
+"""
+
+import dataclasses
+import fcntl
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from mosaic_jax.config import Config, changes_results
+from mosaic_jax.federation import Federation
+from mosaic_jax.run.metrics import MetricsFile
+from mosaic_jax.stages.stage import Stage
+from mosaic_jax.types import UserError
+
+
+def create_or_check(workdir: Path, config: Config) -> None:
+    """Write `config.json`, or check that the directory's is the same.
+
+    Layout (`parallel`) and record keeping (`run`) may differ: they do not change the method.
+
+    Raises:
+      UserError: the directory belongs to another config; names a setting that differs.
+    """
+    path = workdir / "config.json"
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))  # as it is read back
+    here = flatten_dict(settings, sep=".")
+    if path.exists():
+        try:
+            there = flatten_dict(json.loads(path.read_text()), sep=".")
+        except (json.JSONDecodeError, AssertionError) as error:
+            raise UserError(f"{path} is not a config: {error}") from None
+        different = [
+            name
+            for name in sorted(here.keys() | there.keys())
+            if here.get(name) != there.get(name) and changes_results(name)
+        ]
+        if different:
+            name = different[0]
+            raise UserError(
+                f"{workdir} holds a run of another config ({name}: {there.get(name)!r} there, "
+                f"{here.get(name)!r} here); choose another --workdir"
+            )
+        return
+    if workdir.exists() and any(workdir.iterdir()) and not (workdir / "checkpoints").exists():
+        raise UserError(f"{workdir} is not empty and holds no run; choose another --workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the directory {workdir}: {error.strerror}") from None
+    text = json.dumps(settings, indent=1) + "\n"
+    _write(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Lock a work directory against a second program; the system unlocks it when this one ends.
+
+    Raises:
+      UserError: another program works there.
+    """
+    with (workdir / "in_use").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another program is running in {workdir}") from None
+        file.truncate(0)
+        file.write(secrets.token_hex())
+        file.flush()
+        yield
+
+
+def token(workdir: Path) -> str:
+    """Read the random token of the lock; empty if there is none.
+
+    Hosts that read the same token share the directory.
+    """
+    path = workdir / "in_use"
+    return path.read_text() if path.exists() else ""
+
+
+def checkpoints(workdir: Path, stage: Stage) -> Path:
+    """Return the directory of a stage's checkpoints."""
+    return workdir / "checkpoints" / stage.name
+
+
+def forget_after(workdir: Path, stage: Stage, done: int, later: list[Stage]) -> None:
+    """Remove what a resumed run makes again: all after `done` blocks of a stage."""
+    names = {other.name for other in later}
+    MetricsFile(workdir / "metrics.jsonl").keep(
+        lambda line: (
+            line["stage"] not in names and (line["stage"] != stage.name or line["block"] <= done)
+        )
+    )
+    for other in later:
+        shutil.rmtree(checkpoints(workdir, other), ignore_errors=True)
+        for name in (*(f"{artifact}.npz" for artifact in other.artifacts), "summary.json"):
+            (workdir / name).unlink(missing_ok=True)
+
+
+def describe(workdir: Path, federation: Federation) -> None:
+    """Write `clients.json`: the data set and how many images of each class a client trains on."""
+    dataset = federation.dataset
+    facts = {
+        "dataset": dataset.name,
+        "classes": dataset.num_classes,
+        "class_counts": federation.clients.class_counts.tolist(),
+    }
+    text = json.dumps(facts) + "\n"
+    _write(workdir / "clients.json", lambda file: file.write(text.encode()))
+
+
+def summarise(stages: list[Stage], metrics: MetricsFile) -> dict[str, Any]:
+    """Return each stage's last evaluation, wall time, and mean bytes per client down and up."""
+    lines, summary = metrics.read(), {}
+    for stage in stages:
+        own = [line for line in lines if line["stage"] == stage.name]
+        if not own:
+            continue
+        summary[stage.name] = {
+            "blocks": stage.blocks,
+            "seconds": round(sum(line["seconds"] for line in own), 3),
+            "download_bytes": float(np.mean(own[-1]["download_bytes"])),
+            "upload_bytes": float(np.mean(own[-1]["upload_bytes"])),
+            **{
+                name: value
+                for name, value in own[-1].items()
+                if name.endswith("accuracy") and not isinstance(value, list)
+            },
+        }
+    return summary
+
+
+def save_summary(workdir: Path, summary: dict[str, Any]) -> None:
+    """Write `summary.json`, the sign that a run has ended."""
+    text = json.dumps(summary, indent=1) + "\n"
+    _write(workdir / "summary.json", lambda file: file.write(text.encode()))
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays as `.npz`."""
+    _write(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
+
+
+def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file so that it is there whole or not at all, whenever the program is killed."""
+    fresh = path.with_name(f".{path.name}")
+    with fresh.open("wb") as file:
+        write(file)
+    fresh.replace(path)

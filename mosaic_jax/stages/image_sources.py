@@ -1,0 +1,140 @@
+"""Where the student's images come from: the ensemble of generators, and two sources to compare.
+
+A source is prepared once a block, outside the compiled call, and sampled once a step inside it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mosaic_jax import rng, trees
+from mosaic_jax.data.batches import crop_and_flip, to_float
+from mosaic_jax.federation import Federation
+from mosaic_jax.parallel import offload
+from mosaic_jax.stages.generator_ensemble import Ensemble, log_class_prior
+from mosaic_jax.stages.generator_optimization import check_room
+from mosaic_jax.stages.stage import State
+from mosaic_jax.types import Array, PyTree, TrainingImages, Variables
+
+
+class ImageSource(Protocol):
+    """A source of the student's images."""
+
+    def prepare(self, state: State, key: Array, first: int) -> PyTree:
+        """Return what a block's samples are drawn from; `first` is the block's first step."""
+
+    def sample(self, prepared: PyTree, key: Array, index: Array) -> tuple[Array, Array]:
+        """Draw the batch of one step; traceable.
+
+        Args:
+          prepared: see `prepare`.
+          key: key of the step.
+          index: of the step in its block, int32 [].
+
+        Returns:
+          Images [batch, h, w, c], and what is added to the teacher's logits on them, [batch or 1,
+          classes].
+        """
+
+
+class GeneratedImages:
+    """Images of the ensemble of generators, each with its client's class prior."""
+
+    def __init__(self, federation: Federation):
+        settings = federation.config.knowledge_distillation
+        self.layout, self.steps = federation.layout, settings.block_steps
+        self.ensemble = Ensemble(federation, settings.images_per_generator)
+        self.sample_clients = self.layout.jit(jax.vmap(self.ensemble.sample_clients))
+        self.log_prior = class_prior(federation)
+        check_room(federation, self.ensemble.num_strata * settings.block_steps)
+
+    def prepare(self, state: State, key: Array, first: int) -> PyTree:
+        """Return all generators or, if they are offloaded, those of each of the block's steps."""
+        generators = state["generators"]
+        if not offload.is_offloaded(generators):
+            return {"all": generators}
+        steps = np.arange(first, first + self.steps)
+        ids = np.asarray(self.sample_clients(jax.vmap(lambda step: rng.fold(key, step))(steps)))
+        return {"of_steps": self.layout.put_replicated(trees.take(generators, ids))}
+
+    def sample(self, prepared: PyTree, key: Array, index: Array) -> tuple[Array, Array]:
+        """Draw images of the step's generators."""
+        client_ids = self.ensemble.sample_clients(key)
+        if "of_steps" in prepared:
+            generators = trees.take(prepared["of_steps"], index)
+        else:
+            generators = self.ensemble.take(prepared["all"], client_ids)
+        prior = jnp.asarray(self.log_prior)[client_ids][self.ensemble.image_stratum]
+        return self.ensemble.draw(generators, client_ids, key), prior
+
+
+class AveragedGenerator(GeneratedImages):
+    """Images of one generator, the clients' weighted mean: the paper's Figure 2, an ablation."""
+
+    def __init__(self, federation: Federation):
+        super().__init__(federation)
+        self.average = self.layout.jit(partial(averaged, weights=federation.clients.sizes))
+
+    def prepare(self, state: State, key: Array, first: int) -> PyTree:
+        """Return the mean in every client's place."""
+        return {"all": self.average(state["generators"])}
+
+
+class RealImages:
+    """The clients' own images, which no server has: the oracle of the ablation."""
+
+    def __init__(self, federation: Federation):
+        settings = federation.config.knowledge_distillation
+        self.data, self.augment = federation.data, federation.config.data
+        self.positions = np.concatenate(federation.clients.indices)
+        self.batch = settings.images_per_generator * federation.num_clients
+        self.no_prior = np.zeros((1, federation.dataset.num_classes), np.float32)
+
+    def prepare(self, state: State, key: Array, first: int) -> PyTree:
+        """Return the training images."""
+        return self.data
+
+    def sample(self, prepared: TrainingImages, key: Array, index: Array) -> tuple[Array, Array]:
+        """Draw `images_per_generator` images for each client, of all clients' own."""
+        positions = jax.random.choice(rng.fold(key, 0), jnp.asarray(self.positions), (self.batch,))
+        images = to_float(prepared.gather(positions))
+        augment = self.augment
+        images = crop_and_flip(images, rng.fold(key, 1), augment.crop_padding, augment.flip)
+        return images, jnp.asarray(self.no_prior)
+
+
+SOURCES: dict[str, Callable[[Federation], ImageSource]] = {
+    "generated": GeneratedImages,
+    "averaged": AveragedGenerator,
+    "real": RealImages,
+}
+"""The values of `knowledge_distillation.images`."""
+
+
+def averaged(generators: Variables, weights: np.ndarray) -> Variables:
+    """Replace every client's generator [clients, ...] by their mean, weighted by [clients]."""
+    shares = jnp.asarray(weights / weights.sum(), jnp.float32)
+
+    def mean(leaf: Array) -> Array:
+        return jnp.broadcast_to(jnp.tensordot(shares, leaf, axes=1), leaf.shape)
+
+    averages: Variables = jax.tree.map(mean, generators)
+    return averages
+
+
+def class_prior(federation: Federation) -> np.ndarray:
+    """Return what is added to the teacher's logits on each client's images, [clients, classes].
+
+    The teacher learnt on prototypes, evenly from all classes. By Bayes' rule its prediction for an
+    image of one client's generator is that prediction times the client's class shares. (Not in the
+    paper; zeros if `class_prior` is off.)
+    """
+    settings = federation.config.knowledge_distillation
+    counts = federation.clients.class_counts
+    if not settings.class_prior or settings.images == "averaged":
+        return np.zeros(counts.shape, np.float32)
+    return log_class_prior(counts)

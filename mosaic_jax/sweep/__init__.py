@@ -1,0 +1,1 @@
+"""Run many configs to their end: the client sweep, and what other commands share with it."""

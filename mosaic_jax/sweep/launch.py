@@ -1,0 +1,181 @@
+"""Find a config, change its settings and run it to its end.
+
+The client sweep, the method table, the plan of a slice and the experiments share these functions.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mosaic_jax import experiment
+from mosaic_jax import settings as reader
+from mosaic_jax.config import Config
+from mosaic_jax.tables import result_rows
+from mosaic_jax.types import UserError
+
+Settings = Mapping[str, Any]
+"""`{"section.setting": value}`."""
+
+GetConfig = Callable[[str], ConfigDict]
+"""A config file's function: from its options to its settings."""
+
+STAGES = (  # in order; each named like the section of the settings it depends on first
+    "local_update",
+    "model_aggregation",
+    "generator_optimization",
+    "prototypes",
+    "meta_model",
+    "knowledge_distillation",
+    "fine_tuning",
+)
+
+FINAL_ROWS = (
+    "student after fine-tuning",
+    "student after distillation",
+    "global model, last round",
+    "global model (FedAvg)",
+)
+"""Labels of the model a method ends with; the first one in a run's result table counts."""
+
+
+def config_file(name: str) -> str:
+    """Return the path of a config file, given by its name in `configs/` or by its path.
+
+    Raises:
+      UserError: there is no such file; the message names the nearest.
+    """
+    is_path = name.endswith(".py")
+    path = Path(name if is_path else f"configs/{name}.py")
+    if not path.is_file():
+        files = sorted(Path("configs").glob("*.py"))
+        known = [str(file) if is_path else file.stem for file in files]
+        raise UserError(unknown_name("config", name, known))
+    return str(path)
+
+
+def get_config(name: str) -> GetConfig:
+    """Return the `get_config` function of a config file.
+
+    Raises:
+      UserError: see `config_file`.
+    """
+    spec = importlib.util.spec_from_file_location("config", config_file(name))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: GetConfig = module.get_config
+    return found
+
+
+def configure(get_config: GetConfig, options: str, seed: int, *changes: Settings) -> Config:
+    """Return the checked config of one run.
+
+    Args:
+      get_config: the config file's function.
+      options: the words that follow the file's name, such as `severe,small`.
+      seed: of the run.
+      changes: settings that replace the file's; later ones win.
+
+    Raises:
+      UserError: a setting is wrong, see `from_config_dict`.
+    """
+    settings = get_config(options)
+    settings.seed = seed
+    for change in changes:
+        settings.update_from_flattened_dict(dict(change))
+    return reader.from_config_dict(settings.to_dict())
+
+
+def run_command(config: str, settings: Settings, *flags: str) -> list[str]:
+    """Return the command line of one run in a process of its own.
+
+    Args:
+      config: a config file's path, with `:options` behind it if there are any.
+      settings: overrides, one `--config.NAME=VALUE` each.
+      flags: other flags of `mosaic_jax.main`.
+    """
+    overrides = [f"--config.{name}={value}" for name, value in settings.items()]
+    program = [sys.executable, "-m", "mosaic_jax.main"]
+    return [*program, f"--config={config}", *overrides, *flags]
+
+
+def run_to_end(config: Config, workdir: Path) -> dict[str, float]:
+    """Run a config in this process unless it has ended; return its accuracies."""
+    if not (workdir / "summary.json").exists():
+        experiment.run(load_federation(config), workdir, print_progress)
+    return accuracies(workdir)
+
+
+def accuracies(workdir: Path) -> dict[str, float]:
+    """Return a run's test accuracies in percent, by the labels of its result table."""
+    return {label: 100 * test for label, test, *_ in result_rows(workdir)}
+
+
+def final_accuracy(rows: Mapping[str, float]) -> float:
+    """Return the accuracy of the model a method ends with, out of a run's `accuracies`."""
+    return next(rows[label] for label in FINAL_ROWS if label in rows)
+
+
+def print_progress(stage: object, done: int, seconds: float, figures: Mapping[str, Any]) -> None:
+    """Print one line for each evaluation."""
+    found = {name: value for name, value in figures.items() if name.endswith("_accuracy")}
+    if found:
+        print(getattr(stage, "name", stage), done, found, flush=True)
+
+
+def command_parser(doc: str | None, program: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser whose help is a module's docstring as it stands."""
+    layout = argparse.RawTextHelpFormatter
+    return argparse.ArgumentParser(program, description=doc, formatter_class=layout)
+
+
+def cell_parser(doc: str | None, root: str, levels: list[str]) -> argparse.ArgumentParser:
+    """Return a parser with levels of heterogeneity, seeds, settings and the folder of the runs."""
+    parser = command_parser(doc)
+    parser.add_argument("--levels", nargs="+", default=levels)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--root", type=Path, default=Path(root))
+    add_settings(parser)
+    return parser
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, flag: str = "--set", text: str = "other settings"
+) -> None:
+    """Add a flag that takes `NAME=VALUE` pairs."""
+    parser.add_argument(
+        flag, nargs="*", default=[], metavar="NAME=VALUE", type=assignment, help=text
+    )
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """Parse `NAME=VALUE`; the value is JSON, and a word needs no quotation marks."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add `--config NAME`, whose value becomes the file's `get_config`."""
+    parser.add_argument(
+        "--config",
+        default="digits",
+        type=_config_argument,
+        help="a file of configs/, without its ending",
+    )
+
+
+def _config_argument(name: str) -> GetConfig:
+    try:
+        return get_config(name)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
