@@ -1,13 +1,12 @@
-"""Small data sets in the seven sets' original formats, for tests and for trying things out.
+"""Write small data sets in the seven sets' original formats, for tests and for trying things out.
 
     python -m experiments.small_sets --root runs/small_sets
 
-Then for example `python -m mosaic_jax.main --config=configs/cifar10.py:small
---config.data.directory=runs/small_sets/cifar10 --workdir=runs/cifar10-small`. Each image is a
-colour of its class with noise; every format holds the same images of a set.
+Then run for example `python -m mosaic_jax.main --config=configs/cifar10.py:small
+--config.data.directory=runs/small_sets/cifar10 --workdir=runs/cifar10-small`. Each image has the
+colour of its class, with noise. All formats of a set hold the same images.
 """
 
-import argparse
 import gzip
 import io
 import shutil
@@ -21,8 +20,9 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from mosaic_jax.data.forms import IDX_STEMS
-from mosaic_jax.data.splits import Splits
+from mosaic_jax.data.formats.base import Splits
+from mosaic_jax.data.formats.idx import STEMS as IDX_STEMS
+from mosaic_jax.sweep import launch
 
 CLASSES = {
     "mnist": 10,
@@ -35,11 +35,11 @@ CLASSES = {
     "own": 3,
 }
 SIZES = {"mnist": (28, 1), "fashion_mnist": (28, 1), "tiny_imagenet": (64, 3), "food101": (48, 3)}
-"""Height and channels where they are not 32 and 3."""
+"""Height and channels of images that are not 32 x 32 x 3."""
 
 
 def images(name: str, per_class: int = 2, seed: int = 0) -> Splits:
-    """The images of a small set: so many of each class for training, a fifth of it for testing."""
+    """Make a small set: `per_class` training images of each class, a fifth of it for testing."""
     generator = np.random.default_rng(seed)
     size, channels = SIZES.get(name, (32, 3))
     colours = generator.integers(40, 216, (CLASSES[name], 1, 1, channels))
@@ -53,7 +53,7 @@ def images(name: str, per_class: int = 2, seed: int = 0) -> Splits:
 
 
 def write_idx(folder: Path, splits: Splits, zipped: bool = True) -> None:
-    """MNIST's four files."""
+    """Write MNIST's four files."""
     for stem, array in zip(IDX_STEMS, splits, strict=True):
         array = array.squeeze(-1) if array.ndim == 4 else array.astype(np.uint8)
         header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
@@ -63,7 +63,7 @@ def write_idx(folder: Path, splits: Splits, zipped: bool = True) -> None:
 
 
 def write_mat(folder: Path, splits: Splits) -> None:
-    """SVHN's two files; the digit 0 has label 10."""
+    """Write SVHN's two files; the digit 0 has label 10."""
     for name, pictures, labels in (
         ("train_32x32.mat", splits.train_images, splits.train_labels),
         ("test_32x32.mat", splits.test_images, splits.test_labels),
@@ -78,21 +78,21 @@ def _rows(pictures: np.ndarray) -> np.ndarray:
 
 
 def _text(content: bytes) -> bytes:
-    """A Python 2 string in a pickle, which today's `pickle` reads but does not write."""
+    """Encode a Python 2 string of a pickle, which today's `pickle` reads but does not write."""
     short = len(content) < 256
     return (b"U" + bytes([len(content)]) if short else b"T" + _long(len(content))) + content
 
 
-def _long(number: int) -> bytes:
-    return struct.pack("<i", number)
+def _long(value: int) -> bytes:
+    return struct.pack("<i", value)
 
 
-def _numbers(labels: np.ndarray) -> bytes:
+def _label_list(labels: np.ndarray) -> bytes:
     return b"](" + b"".join(b"J" + _long(int(label)) for label in labels) + b"e"
 
 
 def _array(rows: np.ndarray) -> bytes:
-    """A uint8 array as NumPy wrote it under Python 2."""
+    """Encode a uint8 array as NumPy pickled it under Python 2."""
     made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + _text(b"b")
     kind = b"cnumpy\ndtype\n" + _text(b"u1") + b"K\x00K\x01\x87R(K\x03" + _text(b"|") + b"NNN"
     kind += b"J" + _long(-1) + b"J" + _long(-1) + b"K\x00tb"
@@ -101,11 +101,11 @@ def _array(rows: np.ndarray) -> bytes:
 
 
 def cifar_pickles(name: str, splits: Splits) -> dict[str, bytes]:
-    """The pickles of CIFAR-10 (training in two batches) or CIFAR-100 by their names."""
+    """Return the pickles of CIFAR-10 (training in two batches) or CIFAR-100 by name."""
     key = b"labels" if name == "cifar10" else b"fine_labels"
 
     def batch(pictures: np.ndarray, labels: np.ndarray) -> bytes:
-        entries = _text(b"data") + _array(_rows(pictures)) + _text(key) + _numbers(labels)
+        entries = _text(b"data") + _array(_rows(pictures)) + _text(key) + _label_list(labels)
         return b"\x80\x02}(" + entries + b"u."
 
     test = batch(splits.test_images, splits.test_labels)
@@ -120,7 +120,7 @@ def cifar_pickles(name: str, splits: Splits) -> dict[str, bytes]:
 
 
 def cifar_records(name: str, splits: Splits) -> dict[str, bytes]:
-    """The binary files of CIFAR-10 (training in two batches) or CIFAR-100 by their names."""
+    """Return the binary files of CIFAR-10 (training in two batches) or CIFAR-100 by name."""
 
     def records(pictures: np.ndarray, labels: np.ndarray) -> bytes:
         coarse = [labels // 5] if name == "cifar100" else []
@@ -139,14 +139,14 @@ def cifar_records(name: str, splits: Splits) -> dict[str, bytes]:
 
 
 def _encoded(picture: np.ndarray) -> bytes:
-    """A picture without loss, whatever its ending will be."""
+    """Encode a picture without loss, whatever its file's ending."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def tiny_imagenet_files(splits: Splits) -> dict[str, bytes]:
-    """Tiny-ImageNet's files by their names."""
+    """Return Tiny-ImageNet's files by name."""
     names = [f"n{label:08d}" for label in range(CLASSES["tiny_imagenet"])]
     files = {"wnids.txt": "\n".join(names).encode()}
     seen = dict.fromkeys(range(len(names)), 0)
@@ -155,48 +155,48 @@ def tiny_imagenet_files(splits: Splits) -> dict[str, bytes]:
         files[file] = _encoded(picture)
         seen[label] += 1
     lines = []
-    for number, picture in enumerate(splits.test_images):
-        files[f"val/images/val_{number}.JPEG"] = _encoded(picture)
-        lines.append(f"val_{number}.JPEG\t{names[splits.test_labels[number]]}\t0\t0\t62\t62")
+    for index, picture in enumerate(splits.test_images):
+        files[f"val/images/val_{index}.JPEG"] = _encoded(picture)
+        lines.append(f"val_{index}.JPEG\t{names[splits.test_labels[index]]}\t0\t0\t62\t62")
     return files | {"val/val_annotations.txt": "\n".join(lines).encode()}
 
 
 def food101_files(splits: Splits) -> dict[str, bytes]:
-    """FOOD101's files by their names."""
+    """Return FOOD101's files by name."""
     names = [f"dish_{label:03d}" for label in range(CLASSES["food101"])]
     files = {"meta/classes.txt": "\n".join(names).encode()}
     for split, pictures, labels, first in (
         ("train", splits.train_images, splits.train_labels, 1000),
         ("test", splits.test_images, splits.test_labels, 5_000_000),
     ):
-        places = [f"{names[label]}/{first + number}" for number, label in enumerate(labels)]
-        for place, picture in zip(places, pictures, strict=True):
-            files[f"images/{place}.jpg"] = _encoded(picture)
-        files[f"meta/{split}.txt"] = "\n".join(places).encode()
+        stems = [f"{names[label]}/{first + index}" for index, label in enumerate(labels)]
+        for stem, picture in zip(stems, pictures, strict=True):
+            files[f"images/{stem}.jpg"] = _encoded(picture)
+        files[f"meta/{split}.txt"] = "\n".join(stems).encode()
     return files
 
 
 def class_folders(splits: Splits) -> dict[str, bytes]:
-    """A user's pictures in class folders."""
+    """Return a user's pictures in class folders, by name."""
     return {
-        f"{split}/class{label}/{number:05d}.png": _encoded(picture)
+        f"{split}/class{label}/{index:05d}.png": _encoded(picture)
         for split, pictures, labels in (
             ("train", splits.train_images, splits.train_labels),
             ("test", splits.test_images, splits.test_labels),
         )
-        for number, (picture, label) in enumerate(zip(pictures, labels, strict=True))
+        for index, (picture, label) in enumerate(zip(pictures, labels, strict=True))
     }
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Files into a folder."""
+    """Write files into a folder."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
 
 def write_tar(path: Path, top: str, files: dict[str, bytes]) -> None:
-    """Files into a tar, gzipped by its ending, under one folder."""
+    """Write files into a tar under one folder; `.gz` makes it gzipped."""
     with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
         for name, content in files.items():
             entry = tarfile.TarInfo(f"{top}/{name}")
@@ -205,14 +205,14 @@ def write_tar(path: Path, top: str, files: dict[str, bytes]) -> None:
 
 
 def write_zip(path: Path, top: str, files: dict[str, bytes]) -> None:
-    """Files into a zip, under one folder."""
+    """Write files into a zip under one folder."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
             archive.writestr(f"{top}/{name}", content)
 
 
 def write_npz(folder: Path, splits: Splits) -> None:
-    """A user's arrays."""
+    """Write a user's arrays."""
     np.savez_compressed(folder / "own.npz", **splits._asdict())
 
 
@@ -225,7 +225,7 @@ def _in_tar(file: str, top: str, files: Callable[[Splits], dict[str, bytes]]) ->
 
 
 def _cifar_writers(name: str, stem: str, pickles: str, records: str) -> "dict[str, Writer]":
-    """Both forms, packed and not; the folders are what the archives hold."""
+    """Return the writers of both formats, in archives and as their folders."""
 
     def as_pickles(splits: Splits) -> dict[str, bytes]:
         return cifar_pickles(name, splits)
@@ -263,11 +263,11 @@ WRITERS: dict[str, dict[str, Writer]] = {
     },
     "own": {"folder": _in_folder("pictures", class_folders), "npz": write_npz},
 }
-"""Every format by set: the first is written by default."""
+"""Writers of every format by set; the first format is the default."""
 
 
 def write(name: str, folder: Path, form: str = "", per_class: int = 2, seed: int = 0) -> Splits:
-    """Write a small set into a folder that is made anew; returns its images."""
+    """Write a small set into a new folder, replacing an old one; return its images."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     splits = images(name, per_class, seed)
@@ -276,9 +276,7 @@ def write(name: str, folder: Path, form: str = "", per_class: int = 2, seed: int
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = launch.command_parser(__doc__)
     parser.add_argument("--root", type=Path, default=Path("runs/small_sets"))
     parser.add_argument("--images", type=int, default=1000, help="for training, of a set")
     arguments = parser.parse_args()

@@ -1,7 +1,8 @@
 """Marks on arrays inside `shard_map`, for custom gradient rules."""
 
-from jax import lax, typeof
+from jax import lax
 
+from mosaic_jax.compat import varying_axes
 from mosaic_jax.types import Array
 
 
@@ -12,15 +13,10 @@ def same_mesh_axes(*arrays: Array) -> tuple[Array, ...]:
     the mark is set outside the rule, autodiff adds the sum over devices that the gradient of a
     replicated kernel needs.
     """
-    axes = frozenset().union(*map(_varying, arrays))
+    axes = frozenset().union(*map(varying_axes, arrays))
 
     def mark(array: Array) -> Array:
-        missing = tuple(axes - _varying(array))
+        missing = tuple(axes - varying_axes(array))
         return lax.pcast(array, missing, to="varying") if missing else array
 
     return tuple(map(mark, arrays))
-
-
-def _varying(array: Array) -> frozenset[str]:
-    """Return the mesh axes over which an array varies."""
-    return typeof(array).manual_axis_type.varying

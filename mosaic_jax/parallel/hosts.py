@@ -11,15 +11,15 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import jax
 import numpy as np
-from jax._src import distributed  # `get_live_nodes` has no public name yet
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mosaic_jax import compat
 from mosaic_jax.parallel.devices import to_host
 from mosaic_jax.types import UserError
 
@@ -44,7 +44,8 @@ def join(coordinator: str | None, count: int | None, index: int | None, seconds:
       seconds: to wait for the others.
 
     Raises:
-      UserError: the first host cannot be reached, or there is no such environment.
+      UserError: the first host cannot be reached, there is no such environment, or this JAX cannot
+        tell which hosts are alive.
     """
     # Otherwise the library aborts every process when one is lost.
     jax.config.update("jax_enable_recoverability", True)
@@ -64,7 +65,7 @@ def join(coordinator: str | None, count: int | None, index: int | None, seconds:
         except (ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"the hosts cannot be joined: {reason}") from None
-    threading.Thread(target=_watch, daemon=True).start()
+    threading.Thread(target=_watch, args=(compat.live_processes(),), daemon=True).start()
 
 
 def barrier_at_exit() -> None:
@@ -77,18 +78,16 @@ def barrier_at_exit() -> None:
 _leaving = threading.Event()
 
 
-def _watch() -> None:
+def _watch(live_processes: Callable[[list[int]], Iterable[int]]) -> None:
     """End this program with one line when another host is lost.
 
     A collective would wait for ever. (When the first host is lost, the library itself ends the
     others at once, with a message of its own.)
     """
     numbers = list(range(jax.process_count()))
-    client = distributed.global_state.client
-    assert client is not None
     while not _leaving.is_set():
         try:
-            alive = set(client.get_live_nodes(numbers))
+            alive = set(live_processes(numbers))
         except jax.errors.JaxRuntimeError:
             alive = set()
         lost = [str(number) for number in numbers if number not in alive]

@@ -27,7 +27,7 @@ from mosaic_jax.plan.pod import plan_slice, settings_of, slice_mesh
 from mosaic_jax.plan.tables import SCALING, scaling_rows, show
 from mosaic_jax.sweep import launch
 from mosaic_jax.sweep.text import markdown_table
-from mosaic_jax.types import USER_ERROR, UserError
+from mosaic_jax.types import USER_ERROR, UserError, unknown_name
 
 COMPILER_ONLY = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other plans may be made beside this one

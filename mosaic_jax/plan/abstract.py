@@ -1,9 +1,10 @@
 """Walk a method's stages on shapes and compile every program, without running any.
 
-`AbstractFederation` takes the place of `Federation`. Its arrays are `jax.ShapeDtypeStruct`s with a
-sharding over a mesh of devices that need not be there. A function that a stage jits is compiled for
-that mesh at its first call, and returns the shapes and shardings of its results. So the method's
-own code determines the programs, their arguments and their order: a plan cannot drift from it.
+`AbstractLayout` takes the place of a federation's `Layout`. Arrays are `jax.ShapeDtypeStruct`s with
+a sharding over a mesh of devices that need not be there. A function that a stage jits is compiled
+for that mesh at its first call, and returns the shapes and shardings of its results. So the
+method's own code determines the programs, their arguments and their order: a plan cannot drift from
+it.
 """
 
 import dataclasses
@@ -20,8 +21,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mosaic_jax import methods, parallel
+from mosaic_jax import methods
 from mosaic_jax.federation import Federation
+from mosaic_jax.parallel import AXIS, Layout
 from mosaic_jax.plan import compiled, hlo
 from mosaic_jax.plan.compiled import Figures, figures
 from mosaic_jax.stages.stage import Stage, State
@@ -86,24 +88,26 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class AbstractFederation(Federation):
-    """A federation whose arrays are shapes; made by `abstract_federation`.
+class AbstractLayout(Layout):
+    """A layout whose arrays are shapes; made by `abstract_federation`.
 
     Attributes:
+      num_clients: of the federation.
       record: of every compiled program.
     """
 
+    num_clients: int = 0
     record: Record = dataclasses.field(default_factory=Record)
 
-    def place(self, tree: PyTree) -> PyTree:
-        """Return the shapes of the arrays on the mesh, see `Federation.place`."""
+    def put_replicated(self, tree: PyTree) -> PyTree:
+        """Return the shapes of the arrays on the mesh, see `Layout.put_replicated`."""
         return on_mesh(self.mesh, tree)
 
-    def fetch(self, tree: PyTree) -> PyTree:
+    def to_host(self, tree: PyTree) -> PyTree:
         """Return zeros, which take no memory as long as nobody writes to them."""
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
 
-    def empty(self, function: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    def zeros_like_output(self, function: Callable[..., PyTree], *args: PyTree) -> PyTree:
         """Return the shapes themselves: zeros of all clients would not fit on a host."""
         return jax.eval_shape(function, *args)
 
@@ -139,18 +143,25 @@ class AbstractFederation(Federation):
 
     def _shape(self, leaf: Any, axis: int | None) -> jax.ShapeDtypeStruct:
         is_sharded = axis is not None and leaf.shape[axis] % self.mesh.size == 0
-        spec = P(*[None] * (axis or 0), parallel.AXIS) if is_sharded else P()
+        spec = P(*[None] * (axis or 0), AXIS) if is_sharded else P()
         sharding = NamedSharding(self.mesh, spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def abstract_federation(federation: Federation, mesh: Mesh, record: Record) -> AbstractFederation:
+def abstract_federation(federation: Federation, mesh: Mesh, record: Record) -> Federation:
     """Return a federation with the same clients, data and settings on a mesh of absent devices."""
-    fields = {
-        field.name: getattr(federation, field.name) for field in dataclasses.fields(federation)
-    }
-    arrays = {name: on_mesh(mesh, fields[name]) for name in ("data", "clients")}
-    return AbstractFederation(**fields | arrays | {"mesh": mesh}, record=record)
+    layout = AbstractLayout(
+        **{**vars(federation.layout), "mesh": mesh},
+        num_clients=federation.num_clients,
+        record=record,
+    )
+    lists = on_mesh(mesh, federation.clients.lists)
+    return dataclasses.replace(
+        federation,
+        layout=layout,
+        clients=dataclasses.replace(federation.clients, lists=lists),
+        data=on_mesh(mesh, federation.data),
+    )
 
 
 def on_mesh(mesh: Mesh, tree: PyTree) -> PyTree:
@@ -175,19 +186,21 @@ def _traceable(leaf: Any) -> Any:
 
 
 def walk(
-    federation: AbstractFederation, until: str = "", evaluate: bool = True
+    federation: Federation, until: str = "", evaluate: bool = True
 ) -> tuple[list[Stage], State]:
     """Compile start, one block, end and evaluation of every stage of the method.
 
     Args:
-      federation: settings and shapes.
+      federation: of `abstract_federation`.
       until: the last stage to walk; empty for all stages.
       evaluate: whether to plan evaluations, too.
 
     Returns:
       The stages that were walked, and the shapes of the state after the last.
     """
-    record = federation.record
+    layout = federation.layout
+    assert isinstance(layout, AbstractLayout)
+    record = layout.record
     state: State = {"global": federation.initial_variables()}
     stages = methods.stages(federation.config.method, federation)
     names = [stage.name for stage in stages]

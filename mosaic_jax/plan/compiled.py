@@ -5,7 +5,6 @@ text of every loop's body alone. This gives the body's share of the compiler's c
 multiplied by the number of times the loop runs.
 """
 
-import importlib
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -13,21 +12,11 @@ from typing import Any
 
 import jax
 
+from mosaic_jax import compat
 from mosaic_jax.plan.hlo import Collective, Module, alone
 
 COUNTS = {"flops": "flops", "bytes": "bytes accessed"}
 """Our names of what is counted, and XLA's."""
-
-
-def cost_of_text(text: str) -> dict[str, float]:
-    """Return XLA's cost analysis of a compiled program's text.
-
-    It has no public name in JAX; this is the only place that uses the private modules.
-    """
-    hlo, jaxlib = (importlib.import_module(f"jaxlib.{name}") for name in ("_hlo", "_jax"))
-    module = hlo.hlo_module_from_text(text)
-    found: dict[str, float] = jaxlib.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
-    return found
 
 
 @dataclass(frozen=True)
@@ -109,7 +98,7 @@ def growth(module: Module) -> dict[str, float]:
 
     @cache
     def counted(name: str) -> dict[str, float]:
-        found = cost_of_text(alone(module, name))
+        found = compat.cost_of_hlo(alone(module, name))
         return {count: float(found.get(key, 0.0)) for count, key in COUNTS.items()}
 
     totals = dict.fromkeys(COUNTS, 0.0)

@@ -171,7 +171,7 @@ class Module:
         return Collective(found[2], size, devices, times, in_loop, source[1] if source else "")
 
     def _group(self, line: str) -> int:
-        """Count the devices of a group, `{{0,1},{2,3}}` or `[groups,size]<=...`; empty means all."""
+        """Count the devices of a group: `{{0,1},{2,3}}` or `[groups,size]<=...`, empty for all."""
         listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
         if listed:
             return listed[1].count(",") + 1

@@ -1,6 +1,7 @@
 """Plan one TPU slice: its chips, the run's settings and shapes, and lanes that fit."""
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
 from typing import Any
@@ -9,14 +10,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mosaic_jax import parallel, settings
+from mosaic_jax import compat, parallel, settings
 from mosaic_jax.config import Config
-from mosaic_jax.data import published, sources
+from mosaic_jax.data import catalog, sources
+from mosaic_jax.federation import build_federation
 from mosaic_jax.plan.abstract import Program, Record, abstract_federation, walk
 from mosaic_jax.plan.chips import CHIPS, Chip
 from mosaic_jax.plan.tables import SlicePlan
 from mosaic_jax.sweep import launch
-from mosaic_jax.types import Dataset, UserError
+from mosaic_jax.types import Dataset, UserError, unknown_name
 
 IMAGES = {
     "mnist": (60_000, 10_000),
@@ -40,10 +42,10 @@ def dataset(config: Config) -> Dataset:
     Raises:
       UserError: there is no such set, or it has no fixed shape.
     """
-    about, data = published.SETS.get(config.data.name), config.data
+    about, data = catalog.SETS.get(config.data.name), config.data
     if about is None:
         if data.name not in ("digits", "synthetic"):
-            known = sorted([*published.SETS, "digits", "synthetic"])
+            known = sorted([*catalog.SETS, "digits", "synthetic"])
             raise UserError(unknown_name("data set", data.name, known))
         return sources.load(
             data.name,
@@ -104,12 +106,11 @@ def settings_of(
 
 def _config(given: str, changes: dict[str, Any]) -> Config:
     name, _, options = given.partition(":")
-    get_config = launch.get_config(name)
     for setting in changes:
         if setting not in settings.names():
             raise UserError(unknown_name("setting", setting, settings.names()))
     try:
-        return launch.configure(get_config, options, 0, changes)
+        return launch.configure(launch.get_config(name), options, 0, changes)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from None
 
@@ -130,10 +131,8 @@ def slice_mesh(topology: str, count: int | None) -> tuple[Chip, Mesh]:
         raise UserError(unknown_name("chip", topology.partition(":")[0], known))
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed; pip install '.[tpu]'")
-    from jax.experimental import topologies
-
     try:
-        devices = topologies.get_topology_desc(topology, "tpu").devices
+        devices = compat.tpu_slice(topology)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the compiler knows no slice {topology!r}: {reason}") from None
@@ -149,7 +148,8 @@ def plan_slice(
     while True:
         config, notes = settings_of(arguments, clients, dtype, lanes)
         record = Record(arguments.cache, _progress)
-        here = Mesh(np.array(jax.devices("cpu")[:1]), (parallel.AXIS,))
+        one_device = Mesh(np.array(jax.devices("cpu")[:1]), (parallel.AXIS,))
+        here = dataclasses.replace(parallel.Layout.of(config.parallel), mesh=one_device)
         built = build_federation(config, dataset(config), here)
         federation = abstract_federation(built, mesh, record)
         stages, _ = walk(federation, arguments.until, arguments.evaluation)

@@ -47,8 +47,8 @@ def _clients(federation: Federation) -> Table:
         return [str(n) if n else "·" for n in row] if counted else [_heat(row, counts.max())]
 
     for client in range(min(federation.num_clients, SHOWN_CLIENTS)):
-        held = [f"{shares[client]:g}"] if narrow else []
-        table.add_row(str(client), str(counts[client].sum()), *held, *classes(counts[client]))
+        share = [f"{shares[client]:g}"] if narrow else []
+        table.add_row(str(client), str(counts[client].sum()), *share, *classes(counts[client]))
     total = counts.sum(axis=0)
     table.add_section()
     mean = [f"{np.mean(shares):.2f}"] if narrow else []
@@ -105,8 +105,8 @@ def _facts(federation: Federation, stages: list[Stage], workdir: Path) -> Table:
     return table
 
 
-def _size(number: float) -> str:
-    return filesize.decimal(round(number))
+def _size(size: float) -> str:
+    return filesize.decimal(round(size))
 
 
 def _stacks(federation: Federation, stages: list[Stage]) -> int:

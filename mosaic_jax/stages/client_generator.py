@@ -165,7 +165,7 @@ class ClientGenerator:
         fake, vjp, updated = jax.vjp(generate, carry.generator["params"], has_aux=True)
         carry, diagnostics = self._adversary_step(inputs, client, carry, fake, step, key)
         # The generator is the same for both losses: their gradients meet at its images.
-        loss, grad_images = jax.value_and_grad(self._adversarial_loss)(
+        loss, grad_images = jax.value_and_grad(self.adversarial_loss)(
             fake, carry.adversary, rng.fold(key, 5)
         )
         frozen_loss, grad_frozen, seen = self._lazy_frozen_loss(inputs, client, fake, step)
@@ -211,7 +211,8 @@ class ClientGenerator:
         carry = carry.replace(adversary=adversary, adversary_optimizer=optimizer)
         return carry, diagnostics | {"adversary_loss": loss}
 
-    def _adversarial_loss(self, fake: Array, adversary: Variables, key: Array) -> Array:
+    def adversarial_loss(self, fake: Array, adversary: Variables, key: Array) -> Array:
+        """Return L_adv of generated images: the mean of -log sigmoid A(x)."""
         verdict, _ = self.adversary.logits(
             adversary["params"], adversary.get("batch_stats", {}), self.augment(fake, key)
         )
@@ -220,7 +221,7 @@ class ClientGenerator:
     def _lazy_frozen_loss(
         self, inputs: GeneratorInputs, client: GeneratorClient, fake: Array, step: Array
     ) -> tuple[Array, Array, dict[str, Array]]:
-        """Compute `_frozen_loss` and its gradient in every `frozen_every`-th step, times that.
+        """Compute `frozen_loss` and its gradient in every `frozen_every`-th step, times that.
 
         A step through f0 costs nearly as much as the rest of a step. (Karras et al. 2020, lazy
         regularisation.)
@@ -228,7 +229,7 @@ class ClientGenerator:
         every, weights = self.settings.frozen_every, inputs.loss_weights
 
         def active() -> tuple[Array, Array, dict[str, Array]]:
-            (loss, seen), gradient = jax.value_and_grad(self._frozen_loss, has_aux=True)(
+            (loss, seen), gradient = jax.value_and_grad(self.frozen_loss, has_aux=True)(
                 fake, client, weights
             )
             return every * loss, every * gradient, jax.tree.map(lambda of: every * of, seen)
@@ -239,7 +240,7 @@ class ClientGenerator:
 
         return jax.lax.cond(step % every == 0, active, passive)
 
-    def _frozen_loss(
+    def frozen_loss(
         self, fake: Array, client: GeneratorClient, weights: dict[str, Array]
     ) -> tuple[Array, dict[str, Array]]:
         """Return the terms of L_G on f0, and the entropy (nats) of the classes it predicts.

@@ -99,7 +99,7 @@ class Generators:
     def __init__(self, federation: Federation):
         self.federation, self.settings = federation, federation.config.generator_optimization
         layout, self.client = federation.layout, ClientGenerator(federation)
-        self.inputs = _inputs(federation)
+        self.inputs = generator_inputs(federation)
         self.wave_size = wave_size(federation)
         self.waves = -(-federation.num_clients // self.wave_size)
         self.blocks = self.settings.steps // self.settings.block_steps
@@ -186,7 +186,7 @@ class Generators:
         }
 
 
-def _inputs(federation: Federation) -> GeneratorInputs:
+def generator_inputs(federation: Federation) -> GeneratorInputs:
     """Make the input that all clients share."""
     settings = federation.config.generator_optimization
     weights = {name: np.float32(getattr(settings, name)) for name in LOSS_WEIGHTS}
@@ -206,7 +206,9 @@ def wave_size(federation: Federation) -> int:
     model = federation.classifier.abstract_variables()
     one = jax.eval_shape(lambda lists: trees.take(lists, 0), federation.clients.lists)
     client = GeneratorClient(model, one)
-    training = jax.eval_shape(ClientGenerator(federation).start, _inputs(federation), client)
+    training = jax.eval_shape(
+        ClientGenerator(federation).start, generator_inputs(federation), client
+    )
     each = trees.num_bytes(model) + trees.num_bytes(training)
     return federation.layout.clients_per_wave(federation.num_clients, each)
 

@@ -31,7 +31,7 @@ from mosaic_jax.sweep import launch
 from mosaic_jax.sweep import table as tables
 from mosaic_jax.sweep.engine import Engine, Job, Local, Submitit
 from mosaic_jax.sweep.table import Cell
-from mosaic_jax.types import INTERRUPTED, TERMINATED, USER_ERROR, UserError
+from mosaic_jax.types import INTERRUPTED, TERMINATED, USER_ERROR, UserError, unknown_name
 
 VARIED = {
     "method": "--methods",
@@ -74,7 +74,7 @@ def settings_read(method: str, given: list[tuple[str, Any]]) -> dict[str, Any]:
 def job(arguments: argparse.Namespace, cell: Cell) -> Job:
     """Return the command of a cell as a job."""
     options = f":{arguments.options}" if arguments.options else ""
-    config = f"{launch.config_file(arguments.config)}{options}"
+    config = f"{settings.find_config(arguments.config)}{options}"
     chosen = settings_read(cell.method, arguments.set) | cell.settings()
     flags = ["--distributed"] if tasks(dict(arguments.slurm)) > 1 else []
     command = launch.run_command(config, chosen, *flags)
@@ -115,7 +115,7 @@ def mistake(arguments: argparse.Namespace) -> str:
     A setting counts as wrong only if it is wrong in every cell.
     """
     try:
-        launch.config_file(arguments.config)
+        settings.find_config(arguments.config)
     except UserError as error:
         return str(error)
     for flag in ("jobs", "retries"):

@@ -242,11 +242,11 @@ def run_jobs(jobs: Iterable[Job], engine: Engine, at_once: int, retries: int) ->
     with ThreadPoolExecutor(at_once, initializer=engine.enter) as pool:
         pending = {pool.submit(finish_job, job, engine, retries, stopping): job for job in jobs}
         try:
-            for number, future in enumerate(as_completed(pending), 1):
+            for done, future in enumerate(as_completed(pending), 1):
                 job, status = pending[future], future.result()
                 statuses[job] = status
                 what = failure_text(job, status) if status else "ended"
-                print(f"[{number}/{len(pending)}] {job.name}: {what}", flush=True)
+                print(f"[{done}/{len(pending)}] {job.name}: {what}", flush=True)
         except BaseException:
             stopping.set()
             _stop(engine, pool, pending)

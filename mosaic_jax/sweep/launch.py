@@ -4,7 +4,6 @@ The client sweep, the method table, the plan of a slice and the experiments shar
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -13,10 +12,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mosaic_jax import experiment
-from mosaic_jax import settings as reader
+from mosaic_jax import settings
 from mosaic_jax.config import Config
-from mosaic_jax.tables import result_rows
+from mosaic_jax.federation import load_federation
+from mosaic_jax.run import experiment
+from mosaic_jax.run.record import load
+from mosaic_jax.run.results import result_rows
 from mosaic_jax.types import UserError
 
 Settings = Mapping[str, Any]
@@ -44,34 +45,14 @@ FINAL_ROWS = (
 """Labels of the model a method ends with; the first one in a run's result table counts."""
 
 
-def config_file(name: str) -> str:
-    """Return the path of a config file, given by its name in `configs/` or by its path.
-
-    Raises:
-      UserError: there is no such file; the message names the nearest.
-    """
-    is_path = name.endswith(".py")
-    path = Path(name if is_path else f"configs/{name}.py")
-    if not path.is_file():
-        files = sorted(Path("configs").glob("*.py"))
-        known = [str(file) if is_path else file.stem for file in files]
-        raise UserError(unknown_name("config", name, known))
-    return str(path)
-
-
 def get_config(name: str) -> GetConfig:
-    """Return the `get_config` function of a config file.
+    """Return the `get_config` function of a config, packaged or a file.
 
     Raises:
-      UserError: see `config_file`.
+      UserError: see `settings.find_config`.
     """
-    spec = importlib.util.spec_from_file_location("config", config_file(name))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: GetConfig = module.get_config
-    return found
+    settings.find_config(name)  # a wrong name is answered now
+    return lambda options: settings.get_config(name, options)
 
 
 def configure(get_config: GetConfig, options: str, seed: int, *changes: Settings) -> Config:
@@ -86,22 +67,22 @@ def configure(get_config: GetConfig, options: str, seed: int, *changes: Settings
     Raises:
       UserError: a setting is wrong, see `from_config_dict`.
     """
-    settings = get_config(options)
-    settings.seed = seed
+    config = get_config(options)
+    config.seed = seed
     for change in changes:
-        settings.update_from_flattened_dict(dict(change))
-    return reader.from_config_dict(settings.to_dict())
+        config.update_from_flattened_dict(dict(change))
+    return settings.from_config_dict(config.to_dict())
 
 
-def run_command(config: str, settings: Settings, *flags: str) -> list[str]:
+def run_command(config: str, changes: Settings, *flags: str) -> list[str]:
     """Return the command line of one run in a process of its own.
 
     Args:
-      config: a config file's path, with `:options` behind it if there are any.
-      settings: overrides, one `--config.NAME=VALUE` each.
+      config: a config's name or path, with `:options` behind it if there are any.
+      changes: overrides, one `--config.NAME=VALUE` each.
       flags: other flags of `mosaic_jax.main`.
     """
-    overrides = [f"--config.{name}={value}" for name, value in settings.items()]
+    overrides = [f"--config.{name}={value}" for name, value in changes.items()]
     program = [sys.executable, "-m", "mosaic_jax.main"]
     return [*program, f"--config={config}", *overrides, *flags]
 
@@ -109,13 +90,14 @@ def run_command(config: str, settings: Settings, *flags: str) -> list[str]:
 def run_to_end(config: Config, workdir: Path) -> dict[str, float]:
     """Run a config in this process unless it has ended; return its accuracies."""
     if not (workdir / "summary.json").exists():
-        experiment.run(load_federation(config), workdir, print_progress)
+        federation = load_federation(config, offload_dir=workdir / "stacks")
+        experiment.run(federation, workdir, print_progress)
     return accuracies(workdir)
 
 
 def accuracies(workdir: Path) -> dict[str, float]:
     """Return a run's test accuracies in percent, by the labels of its result table."""
-    return {label: 100 * test for label, test, *_ in result_rows(workdir)}
+    return {label: 100 * test for label, test, *_ in result_rows(load(workdir))}
 
 
 def final_accuracy(rows: Mapping[str, float]) -> float:
@@ -170,7 +152,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         "--config",
         default="digits",
         type=_config_argument,
-        help="a file of configs/, without its ending",
+        help="name of a packaged config, or a file",
     )
 
 

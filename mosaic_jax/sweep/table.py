@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from rich import filesize
 
-from mosaic_jax import record
+from mosaic_jax.run import record
 from mosaic_jax.sweep import launch
 from mosaic_jax.sweep.engine import Job
 from mosaic_jax.sweep.text import markdown_table, mean_and_std_text, mean_text, means_by_x
@@ -90,7 +90,7 @@ def measured(job: Job) -> Measured | None:
 
 def client_steps_per_second(run: record.Run) -> float | None:
     """Return the rate of the round of median time, without the first, which compiles programs."""
-    seconds = [line["seconds"] for line in run.of("local_update")]
+    seconds = [line["seconds"] for line in run.lines_of("local_update")]
     if not seconds:
         return None
     local = run.config["local_update"]
@@ -155,7 +155,7 @@ def figure(cells: Iterable[Cell], found: Mapping[Cell, Measured], path: Path) ->
             )
         axis.set(xscale="log", xlabel="clients", ylabel=label)
         axis.set_ylim(bottom=0)
-        axis.set_xticks(ticks, [str(number) for number in ticks])
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
     handles, labels = axes[0].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside right center", fontsize=8)

@@ -1,0 +1,37 @@
+"""Branch a run off another: stages whose settings are equal are adopted, not run again.
+
+A cell is a folder of runs of one config, level and seed: the base run, and branches of it that
+change some settings. The stages before the first changed section come out the same, so a branch
+gets their checkpoints. Every run resumes.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from mosaic_jax.run.metrics import MetricsFile
+from mosaic_jax.sweep.launch import STAGES, Settings
+
+
+def shared_stages(changes: Settings) -> tuple[str, ...]:
+    """Return the stages before the first changed one, which come out the same."""
+    sections = {name.split(".")[0] for name in changes}
+    if not sections <= set(STAGES):
+        return ()
+    return STAGES[: min((STAGES.index(section) for section in sections), default=len(STAGES))]
+
+
+def adopt_stages(source: Path, workdir: Path, stages: tuple[str, ...]) -> None:
+    """Give a run that has not begun the `stages` of one that has ended."""
+    if workdir.exists():
+        return
+    fresh = workdir.with_name(workdir.name + ".adopting")
+    shutil.rmtree(fresh, ignore_errors=True)
+    for stage in stages:
+        if (source / "checkpoints" / stage).exists():
+            shutil.copytree(source / "checkpoints" / stage, fresh / "checkpoints" / stage)
+    lines = [
+        line for line in MetricsFile(source / "metrics.jsonl").read() if line["stage"] in stages
+    ]
+    (fresh / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fresh.replace(workdir)

@@ -1,0 +1,77 @@
+"""The parts of JAX that have no public name or may still move, each behind one function.
+
+All were tried on JAX 0.10.2, 0.11.2 and 0.12.0.1. None has a public equivalent there. On a version
+that lacks one, its function raises a `UserError` of one line.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+
+from mosaic_jax.types import Array, UserError
+
+
+def live_processes() -> Callable[[list[int]], Iterable[int]]:
+    """Return a poll: of the given process numbers, those that still answer.
+
+    `jax.distributed.initialize` must have been called. The public
+    `jax.experimental.multihost_utils.live_devices` does not serve, as it waits for all processes.
+
+    Raises:
+      UserError: this JAX has no such poll.
+    """
+    try:
+        from jax._src.distributed import global_state
+
+        return global_state.client.get_live_nodes  # type: ignore[union-attr]
+    except (ImportError, AttributeError):
+        raise _missing("poll of live processes, which a run on several hosts needs") from None
+
+
+def varying_axes(array: Array) -> frozenset[str]:
+    """Return the mesh axes of the enclosing `shard_map` over which an array varies.
+
+    Outside `shard_map` there are none. `jax.typeof` is public; what it says of such axes is not.
+
+    Raises:
+      UserError: this JAX does not say it.
+    """
+    try:
+        return jax.typeof(array).manual_axis_type.varying
+    except AttributeError:
+        raise _missing("list of the mesh axes that an array varies over") from None
+
+
+def cost_of_hlo(text: str) -> dict[str, float]:
+    """Return XLA's cost analysis of a program's text, among it "flops" and "bytes accessed".
+
+    The public `jax.stages.Compiled.cost_analysis` does not serve, as it analyses no single
+    computation of a program.
+
+    Raises:
+      UserError: this jaxlib has no such analysis.
+    """
+    try:
+        from jaxlib._hlo import hlo_module_from_text
+        from jaxlib._jax import hlo_module_cost_analysis
+    except ImportError:
+        raise _missing("cost analysis of a program's text, which the pod plan needs") from None
+    return hlo_module_cost_analysis(jax.devices("cpu")[0].client, hlo_module_from_text(text))
+
+
+def tpu_slice(topology: str) -> Sequence[jax.Device]:
+    """Return the devices of a TPU slice, such as "v5e:2x4", to compile for without having them.
+
+    Raises:
+      UserError: this JAX cannot describe slices.
+      jax.errors.JaxRuntimeError: libtpu knows no such slice.
+    """
+    try:
+        from jax.experimental.topologies import get_topology_desc
+    except ImportError:
+        raise _missing("description of TPU slices, which the pod plan needs") from None
+    return get_topology_desc(topology, "tpu").devices
+
+
+def _missing(part: str) -> UserError:
+    return UserError(f"JAX {jax.__version__} has no {part}; install 'jax>=0.10.2,<0.13'")

@@ -1,0 +1,60 @@
+"""What a plan draws and adds up."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mosaic_jax import methods, plan
+from mosaic_jax.trees import num_bytes
+
+
+def drawn(federation, workdir) -> str:
+    text = io.StringIO()
+    stages = methods.stages(federation.config.method, federation)
+    Console(file=text, width=120).print(plan.plan(federation, stages, workdir))
+    return text.getvalue()
+
+
+def test_few_classes_are_counted(make_federation, tmp_path):
+    federation = make_federation()
+    text = drawn(federation, tmp_path)
+    for client, row in enumerate(federation.clients.class_counts):
+        cells = [str(client), str(row.sum()), *(str(n) if n else "·" for n in row)]
+        assert re.search("│ *" + " │ *".join(map(re.escape, cells)) + " │", text), text
+
+
+@pytest.mark.parametrize(
+    ("row", "most", "expected"),
+    [
+        ([0, 1, 100], 100, " ░█"),
+        ([0, 9, 100], 100, " ▒█"),
+        ([0] * 50 + [100], 100, " " * 25 + "█"),
+        ([0, 0], 0, "  "),
+    ],
+)
+def test_many_classes_are_shaded_by_the_logarithm_of_their_images(row, most, expected):
+    assert plan._heat(np.array(row), most) == expected
+
+
+def test_traffic_and_stacks_are_the_stages(make_federation, tmp_path):
+    federation = make_federation()
+    stages = {stage.name: stage for stage in methods.stages("mosaic", federation)}
+    model = num_bytes(federation.classifier.abstract_variables())
+    kept = 3 * (model + stages["generator_optimization"].upload)
+    assert plan._stacks(federation, list(stages.values())) == kept
+    text = " ".join(drawn(federation, tmp_path).split())
+    sent = sum(float(np.mean(stage.upload)) for stage in stages.values())
+    assert f"sends {plan._size(sent)} in all" in text
+    fedavg = methods.stages("fedavg", federation)
+    assert plan._stacks(federation, fedavg) == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(12.3, "12 s"), (119, "119 s"), (150, "2.5 minutes"), (9000, "2.5 hours"), (2e5, "2.3 days")],
+)
+def test_durations_are_rounded(seconds, text):
+    assert plan._duration(seconds) == text

@@ -1,0 +1,57 @@
+"""The command of the pod plan: its settings and its errors."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from mosaic_jax.data import catalog
+from mosaic_jax.plan import __main__ as plan_pod
+
+
+def test_every_published_set_can_be_planned():
+    assert plan_pod.IMAGES.keys() == catalog.SETS.keys()
+    arguments = plan_pod.parse(["--set", "data.train_images=1000"])
+    config, _ = plan_pod.settings_of(arguments, 4, "float32", None)
+    dataset = plan_pod.dataset(config)
+    assert dataset.train_images.shape == (1000, 32, 32, 3)
+    assert set(np.bincount(dataset.train_labels)) == {10}
+    assert len(dataset.test_labels) == 10_000
+
+
+def test_a_split_that_cannot_be_is_said():
+    arguments = plan_pod.parse([])
+    config, notes = plan_pod.settings_of(arguments, 4096, "bfloat16", 8)
+    assert (config.partition.kind, config.model.conv) == ("iid", "native")
+    assert (config.model.dtype, config.parallel.lanes) == ("bfloat16", 8)
+    assert len(notes) == 1
+    assert "partition.kind = iid" in notes[0]
+    few, notes = plan_pod.settings_of(arguments, 10, "bfloat16", None)
+    assert (few.partition.kind, notes) == ("dirichlet", [])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--config=configs/cifar101.py"], "unknown config 'configs/cifar101.py'; did you mean"),
+        (["--config=configs/cifar100.py:sevre"], "did you mean 'severe'?"),
+        (["--set", "model.wdith=8"], "did you mean 'model.width'?"),
+        (["--set", "model.width=wide"], "'width'"),
+        (["--dtypes", "float16"], "unknown model.dtype"),
+        (["--topology=v9:2x2"], "unknown chip 'v9'; known: v5e, v5p, v6e"),
+        (["--chips", "3"], "--chips 3: plans are of 1, 4, 16, 64, 256 chips"),
+        (["--until", "local_updates"], "did you mean 'local_update'?"),
+    ],
+)
+def test_errors_are_one_line(words, line, capsys):
+    assert plan_pod.main(words) == plan_pod.USER_ERROR
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert line in error
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_no_compiler_is_one_line(capsys):
+    assert plan_pod.main(["--topology=v5e:2x2"]) == plan_pod.USER_ERROR
+    assert capsys.readouterr().err == "error: libtpu is not installed; pip install '.[tpu]'\n"
