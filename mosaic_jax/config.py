@@ -286,6 +286,6 @@ def changes_results(name: str) -> bool:
 
 
 def needs_generators(config: Config) -> bool:
-    """Whether the distillation draws images of the clients' generators."""
+    """Return whether the distillation draws images of the clients' generators."""
     distillation = config.knowledge_distillation
     return distillation.steps > 0 and distillation.images != "real"

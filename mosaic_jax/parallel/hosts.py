@@ -138,7 +138,7 @@ def _gives_up(seconds: int, message: str) -> Iterator[None]:
 
 
 def wait_for_failure_report() -> None:
-    """Wait after an error: if a lost host is the cause, the watch finds it and ends this process."""
+    """Wait after an error: the watch ends this process if a lost host is the cause."""
     time.sleep(3 * HEARTBEAT_SECONDS)
 
 

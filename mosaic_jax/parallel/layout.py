@@ -95,7 +95,7 @@ class Layout:
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, where), tree)
 
     def shard_clients(self, tree: PyTree) -> PyTree:
-        """Constrain stacks [clients or models, ...] inside a compiled block to `client_sharding`."""
+        """Constrain stacks [clients or models, ...] inside a compiled block to be sharded."""
 
         def constrained(leaf: jax.Array) -> jax.Array:
             return jax.lax.with_sharding_constraint(leaf, self.client_sharding(leaf.shape[0]))

@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mosaic_jax.run.metrics import mean_and_std
-from mosaic_jax.run.record import Run, differs_only_in_layout
+from mosaic_jax.config import changes_results
+from mosaic_jax.run.record import Run
 from mosaic_jax.run.results import best_and_last_round, result_rows
 from mosaic_jax.types import UserError
 
@@ -102,11 +103,7 @@ def _different_settings(runs: Sequence[Run]) -> list[str]:
     found: dict[str, set[str]] = {}
     for name, value in (item for each in settings for item in each.items()):
         found.setdefault(name, set()).add(repr(value))
-    return [
-        name
-        for name, values in found.items()
-        if len(values) > 1 and not differs_only_in_layout(name)
-    ]
+    return [name for name, values in found.items() if len(values) > 1 and changes_results(name)]
 
 
 def _config_name(run: Run, names: Sequence[str]) -> str:

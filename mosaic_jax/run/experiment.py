@@ -203,7 +203,7 @@ def _resume(
 
 
 def restore(federation: Federation, workdir: Path) -> tuple[State, tuple[str, ...]]:
-    """Restore what a run's stages left, up to the first that has not ended; name those that have."""
+    """Restore the state after the stages that have ended; also return their names."""
     state: State = {"global": federation.initial_variables()}
     ended: list[str] = []
     for stage in methods.stages(federation.config.method, federation):

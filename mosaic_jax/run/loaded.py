@@ -57,7 +57,7 @@ class LoadedRun:
         return self._part("student" if "student" in self.state else "global")
 
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """Return the student's logits [n, classes] of images, uint8 [n, height, width, channels]."""
+        """Return the student's logits [n, classes] of uint8 images [n, height, width, channels]."""
         return self._student_logits(self.student, self._checked(images))
 
     def teacher(self, images: np.ndarray) -> np.ndarray:

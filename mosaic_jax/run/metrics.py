@@ -35,8 +35,8 @@ class MetricsFile:
         except json.JSONDecodeError as error:
             raise UserError(f"{self.path} is damaged: {error}") from None
 
-    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop the lines a resumed run is going to write again."""
+    def filter_lines(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Keep the wanted lines; a resumed run writes the others again."""
         if not self.writes:
             return
         lines = [json.dumps(line) + "\n" for line in self.read() if wanted(line)]

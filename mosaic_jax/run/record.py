@@ -78,14 +78,6 @@ class Run:
         return "" if self.finished else stand
 
 
-def differs_only_in_layout(name: str) -> bool:
-    """Return whether runs that differ in this dotted setting have the same results.
-
-    Layout (`parallel`) and record keeping (`run`) do not change the method.
-    """
-    return name.startswith(("parallel.", "run."))
-
-
 def load(workdir: Path) -> Run:
     """Read a work directory.
 

@@ -97,7 +97,7 @@ def checkpoints(workdir: Path, stage: Stage) -> Path:
 def forget_after(workdir: Path, stage: Stage, done: int, later: list[Stage]) -> None:
     """Remove what a resumed run makes again: all after `done` blocks of a stage."""
     names = {other.name for other in later}
-    MetricsFile(workdir / "metrics.jsonl").keep(
+    MetricsFile(workdir / "metrics.jsonl").filter_lines(
         lambda line: (
             line["stage"] not in names and (line["stage"] != stage.name or line["block"] <= done)
         )

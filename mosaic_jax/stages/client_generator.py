@@ -262,7 +262,7 @@ class ClientGenerator:
         return loss, seen
 
     def augment(self, images: Array, key: Array) -> Array:
-        """Apply the same random shift and brightness to real and generated batches (DiffAugment)."""
+        """Apply a random shift and brightness, the same to both batches of a step (DiffAugment)."""
         shifted = crop_and_flip(images, rng.fold(key, 0), self.settings.shift, flip=False)
         change = jax.random.uniform(rng.fold(key, 1), (len(images), 1, 1, 1), minval=-1.0)
         return shifted + self.settings.brightness * change

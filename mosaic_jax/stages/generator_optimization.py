@@ -225,8 +225,8 @@ def check_room(federation: Federation, generators: int) -> None:
     most = int(room // trees.num_bytes(upload_shapes(federation)))
     if generators > most:
         raise UserError(
-            f"a block of the distillation asks {generators} generators, but parallel.memory_gib has "
-            f"room for {most}; lower knowledge_distillation.block_steps or generators_per_step"
+            f"a block of the distillation asks {generators} generators, but parallel.memory_gib "
+            f"has room for {most}; lower knowledge_distillation.block_steps or generators_per_step"
         )
 
 

@@ -183,20 +183,18 @@ def round_function(
     scheme: str | None = None,
     return_models: bool = False,
 ) -> Round:
-    """Compile one round; the same function serves every round and learning rate.
+    """Compile `round(state, inputs, cohort)`, which takes the buffers of `state` over (donation).
+
+    The same function serves every round and learning rate. The global model of its result is
+    replicated, stacks are sharded over the devices.
 
     Args:
       federation: model, clients and layout.
       update: the clients' training.
       scheme: of sub-models; `submodel.scheme` if not given.
       return_models: whether the clients' models outlive the round, rather than their sums only.
-
-    Returns:
-      `round(state, inputs, cohort)`, which takes the buffers of `state` over (donation). The
-      global model of the result is replicated, stacks are sharded over the devices.
     """
-    scheme = scheme or federation.config.submodel.scheme
-    layout = federation.layout
+    scheme, layout = scheme or federation.config.submodel.scheme, federation.layout
     reduces = [
         layout.reduce_clients(OneClient(update, group, scheme, return_models))
         for group in federation.groups

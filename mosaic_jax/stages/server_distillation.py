@@ -134,12 +134,8 @@ class ServerDistillation:
     def generator_loss(self, batch: ServerBatch) -> Array:
         """Return the three terms with their weights."""
         unknown, disagreement, likeness = self.generator_terms(batch)
-        settings = self.settings
-        return (
-            unknown
-            - settings.adversarial_weight * disagreement
-            + settings.diversity_weight * likeness
-        )
+        loss = unknown - self.settings.adversarial_weight * disagreement
+        return loss + self.settings.diversity_weight * likeness
 
     def divergence(self, of: Array, to: Array) -> Array:
         """Return `divergence` at the method's temperature."""

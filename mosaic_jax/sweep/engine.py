@@ -169,11 +169,11 @@ class Local:
         os.sched_setaffinity(0, self.shares.get_nowait())
 
     def run(self, job: Job) -> int:
-        """See `Engine`."""
+        """Run the job in a process of its own; return its exit status."""
         return job(self.processes)
 
     def stop(self) -> None:
-        """See `Engine`."""
+        """Send SIGTERM to all running jobs."""
         while self.processes:
             with contextlib.suppress(KeyError, ProcessLookupError):
                 os.kill(self.processes.pop(), signal.SIGTERM)
@@ -211,10 +211,10 @@ class Submitit:
         self.submitted: list[Any] = []
 
     def enter(self) -> None:
-        """See `Engine`."""
+        """Prepare nothing: the scheduler chooses the cores."""
 
     def run(self, job: Job) -> int:
-        """See `Engine`. The status is that of the first task that failed."""
+        """Submit the job and wait; return the exit status of the first task that failed."""
         with self.submitting:
             submission = self.executor.submit(job)
             self.submitted.append(submission)
@@ -225,7 +225,7 @@ class Submitit:
                 self.submitted.remove(submission)
 
     def stop(self) -> None:
-        """See `Engine`."""
+        """Cancel all submitted jobs."""
         while self.submitted:
             self.submitted.pop().cancel(check=False)
 
