@@ -18,6 +18,7 @@ from flax import struct
 from mosaic_jax.types import Array, UserError
 
 BLACK = -1.0
+"""Value of a black pixel, for the frame around cropped images."""
 
 
 class ClientLists(struct.PyTreeNode):

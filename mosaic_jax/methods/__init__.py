@@ -7,6 +7,7 @@ method reads, `UNUSED` are settings of those that change nothing in it. Either m
 import inspect
 from collections.abc import Callable, Iterable
 
+from mosaic_jax.federation import Federation
 from mosaic_jax.methods import (
     dense,
     dfrd,
@@ -21,7 +22,6 @@ from mosaic_jax.methods import (
     heterofl,
     mosaic,
 )
-from mosaic_jax.federation import Federation
 from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import UserError, unknown_name
 

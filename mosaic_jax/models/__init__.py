@@ -52,6 +52,7 @@ def build_classifier(
     width: int,
     mean: Sequence[float],
     std: Sequence[float],
+    *,
     conv_impl: str = "auto",
     dtype: str = "float32",
 ) -> nn.Module:

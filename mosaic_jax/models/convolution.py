@@ -123,6 +123,7 @@ def _own_gradients(x: Array, kernel: Array, stride: int, padding: int) -> Array:
 def _forward(
     x: Array, kernel: Array, stride: int, padding: int
 ) -> tuple[Array, tuple[Array, Array]]:
+    """Return the convolution and what its gradient needs."""
     return _correlate(x, kernel, stride, padding), (x, kernel)
 
 

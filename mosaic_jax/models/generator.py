@@ -124,6 +124,7 @@ class Discriminator(nn.Module):
         x = images.astype(self.dtype)
         for stage, features in enumerate(_widths(self.image_size, self.width)):
             x = Conv(features, (4, 4), 2, 1, self.conv_impl, _WEIGHTS, name=f"down{stage + 1}")(x)
+            # DCGAN's discriminator has no batch norm behind its first convolution.
             if stage > 0:
                 norm = BatchNorm(
                     scale_init=_SCALES, conv_impl=self.conv_impl, name=f"norm{stage + 1}"

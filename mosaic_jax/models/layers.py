@@ -193,7 +193,7 @@ class BatchNorm(nn.Module):
             return affine(x, running_mean.value, factor, bias)
         if resolve_conv_impl(self.conv_impl) == "native":
             about = running_mean.value
-            y, mean, var = plain_batch_norm(x, scale, bias, weights, self.epsilon, about)
+            y, mean, var = plain_batch_norm(x, scale, bias, weights, self.epsilon, about=about)
         else:
             y, mean, var = batch_norm(x, scale, bias, weights, self.epsilon)
         if not self.is_initializing():

@@ -15,6 +15,7 @@ from mosaic_jax.models.mesh_axes import same_mesh_axes
 from mosaic_jax.types import Array, Variables
 
 _Saved = tuple[Array, Array, Array, Array, Array]
+"""Values for the gradient: x, scale, weights, mean and 1 / sqrt(variance + epsilon)."""
 
 
 def batch_weights(x: Array, mask: Array | None) -> tuple[Array, Array]:
@@ -59,7 +60,7 @@ def batch_norm(
 
 
 def plain_batch_norm(
-    x: Array, scale: Array, bias: Array, weights: Array, epsilon: float, about: Array
+    x: Array, scale: Array, bias: Array, weights: Array, epsilon: float, *, about: Array
 ) -> tuple[Array, Array, Array]:
     """Compute `batch_norm` by reductions and autodiff, which GPU and TPU compilers fuse.
 
@@ -93,6 +94,7 @@ def affine(x: Array, mean: Array, factor: Array, bias: Array) -> Array:
 def _forward(
     x: Array, scale: Array, bias: Array, weights: Array, epsilon: Array
 ) -> tuple[tuple[Array, Array, Array], _Saved]:
+    """Return the results of `_batch_norm` and what its gradient needs."""
     y, mean, var = _batch_norm(x, scale, bias, weights, epsilon)
     return (y, mean, var), (x, scale, weights, mean, jax.lax.rsqrt(var + epsilon))
 
@@ -100,11 +102,12 @@ def _forward(
 def _backward(
     saved: _Saved, gradients: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array, None, None]:
-    """Return the gradients of `x`, `scale` and `bias`; each sum over values is a matrix product."""
+    """Return the gradients of `x`, `scale` and `bias`, and None for the others."""
     x, scale, weights, mean, inverse = saved
     channels = x.shape[-1]
     upstream = gradients[0].reshape(-1, channels).astype(jnp.float32)
     centred = x.reshape(-1, channels).astype(jnp.float32) - mean
+    # Sums over values are products with a vector of ones, which XLA:CPU computes faster.
     ones = jnp.ones_like(weights)
     for_bias = ones @ upstream
     for_factor = ones @ (upstream * centred)

@@ -86,6 +86,7 @@ def _over_tiles(x: Array, matrices: list[Array], axis: int) -> Array:
         part = of_block(lax.dynamic_index_in_dim(blocks, i, 1, keepdims=False))
         return lax.dynamic_update_index_in_dim(y, part, i, 1)
 
+    # A loop's carry must vary over the same mesh axes at its start and its end.
     y, _ = same_mesh_axes(y, x)
     return lax.fori_loop(0, blocks.shape[1], step, y).reshape(*x.shape[:3], -1)
 
@@ -111,6 +112,7 @@ def kernel_gradient(x: Array, gradient: Array) -> Array:
         block = (lax.dynamic_index_in_dim(part, i, 1, keepdims=False) for part in parts)
         return [total + product for total, product in zip(sums, of_block(*block), strict=True)]
 
+    # As in `_over_tiles`, for the loop's carry.
     zeros, _, _ = same_mesh_axes(jnp.zeros(matrices, x.dtype), x, gradient)
     return _kernel(lax.fori_loop(0, parts[0].shape[1], step, [zeros] * 16))
 

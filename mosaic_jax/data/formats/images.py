@@ -63,6 +63,7 @@ def _decode_all(
         return decoded(f"{path}/{entry[0]}", entry[1], size)
 
     with Members(path) as members, ThreadPoolExecutor(os.cpu_count()) as pool:
+        # An archive can only be read in order, so one thread reads and all cores decode.
         found = wanted(members)
         while chunk := list(islice(found, READ_AHEAD)):
             pictures.update(zip((key for key, _ in chunk), pool.map(decode, chunk), strict=True))
