@@ -1,7 +1,7 @@
 """Train small networks in place of a federation's, for the experiments on single claims.
 
 The data are points [n, d] with labels; a client is a packed list of rows
-(`mosaic_jax/data/clients.py`). Losses, k-means, class experts and meta model are the package's. All
+(`mosaic_jax/data/batches.py`). Losses, k-means, class experts and meta model are the package's. All
 functions see one seed; callers vmap over clients and seeds.
 """
 

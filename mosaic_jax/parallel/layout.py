@@ -5,7 +5,6 @@ Stages are given a `Layout` and never touch the mesh: it maps clients, jits, put
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ class Layout:
         """The sharding of arrays that every device holds whole."""
         return devices.replicated_sharding(self.mesh)
 
-    @cached_property
+    @property
     def data_parallel(self) -> NamedSharding:
         """The sharding of a batch [batch, ...] whose shares lie on the devices."""
         return NamedSharding(self.mesh, P(devices.AXIS))

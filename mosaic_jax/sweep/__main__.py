@@ -74,7 +74,7 @@ def settings_read(method: str, given: list[tuple[str, Any]]) -> dict[str, Any]:
 def job(arguments: argparse.Namespace, cell: Cell) -> Job:
     """Return the command of a cell as a job."""
     options = f":{arguments.options}" if arguments.options else ""
-    config = f"{settings.find_config(arguments.config)}{options}"
+    config = f"{arguments.config}{options}"
     chosen = settings_read(cell.method, arguments.set) | cell.settings()
     flags = ["--distributed"] if tasks(dict(arguments.slurm)) > 1 else []
     command = launch.run_command(config, chosen, *flags)
