@@ -10,6 +10,9 @@ import jax
 
 from mosaic_jax.types import Array, UserError
 
+JAX = "jax>=0.10.2,<0.13"
+"""The versions of `pyproject.toml`."""
+
 
 def live_processes() -> Callable[[list[int]], Iterable[int]]:
     """Return a poll: of the given process numbers, those that still answer.
@@ -42,7 +45,7 @@ def varying_axes(array: Array) -> frozenset[str]:
         raise _missing("list of the mesh axes that an array varies over") from None
 
 
-def cost_of_hlo(text: str) -> dict[str, float]:
+def cost_of_text(text: str) -> dict[str, float]:
     """Return XLA's cost analysis of a program's text, among it "flops" and "bytes accessed".
 
     The public `jax.stages.Compiled.cost_analysis` does not serve, as it analyses no single
@@ -74,4 +77,4 @@ def tpu_slice(topology: str) -> Sequence[jax.Device]:
 
 
 def _missing(part: str) -> UserError:
-    return UserError(f"JAX {jax.__version__} has no {part}; install 'jax>=0.10.2,<0.13'")
+    return UserError(f"JAX {jax.__version__} has no {part}; install '{JAX}'")

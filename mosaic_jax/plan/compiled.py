@@ -98,7 +98,7 @@ def growth(module: Module) -> dict[str, float]:
 
     @cache
     def counted(name: str) -> dict[str, float]:
-        found = compat.cost_of_hlo(alone(module, name))
+        found = compat.cost_of_text(alone(module, name))
         return {count: float(found.get(key, 0.0)) for count, key in COUNTS.items()}
 
     totals = dict.fromkeys(COUNTS, 0.0)
