@@ -1,6 +1,9 @@
 """JAX's parts without a public name: what they give, and the one line where they are missing."""
 
+import re
 import sys
+import tomllib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +32,7 @@ def test_an_array_varies_over_the_axes_it_is_split_over():
 def test_the_cost_of_a_text_is_that_of_its_program():
     x = jnp.ones((16, 16))
     compiled = jax.jit(lambda x: jnp.sin(x @ x)).lower(x).compile()
-    found, expected = compat.cost_of_hlo(compiled.as_text()), compiled.cost_analysis()
+    found, expected = compat.cost_of_text(compiled.as_text()), compiled.cost_analysis()
     assert found["flops"] == expected["flops"] > 0
     assert found["bytes accessed"] == expected["bytes accessed"] > 0
 
@@ -38,7 +41,7 @@ def test_the_cost_of_a_text_is_that_of_its_program():
     ("module", "call"),
     [
         ("jax._src.distributed", compat.live_processes),
-        ("jaxlib._hlo", lambda: compat.cost_of_hlo("")),
+        ("jaxlib._hlo", lambda: compat.cost_of_text("")),
         ("jax.experimental.topologies", lambda: compat.tpu_slice("v5e:2x4")),
     ],
 )
@@ -51,3 +54,10 @@ def test_a_part_that_is_missing_is_one_line_with_the_remedy(module, call, monkey
 def test_a_process_alone_has_no_poll():
     with pytest.raises(UserError, match="poll of live processes"):
         compat.live_processes()
+
+
+def test_the_remedy_is_the_range_that_is_declared():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert compat.JAX in project["dependencies"]
+    extras = project["optional-dependencies"]
+    assert {re.sub(r"\[\w+\]", "", extras[name][0]) for name in ("gpu", "tpu")} == {compat.JAX}

@@ -4,13 +4,14 @@ import re
 
 import pytest
 
+from mosaic_jax.settings import config_files
 from tests.command.program import command
-from tests.helpers import ROOT
 
 DIGITS = "--config=configs/digits.py"
 BAD = {
     "no config": ([], "--config is missing"),
     "unknown config": (["--config=configs/digts.py"], "did you mean 'configs/digits.py'"),
+    "unknown name of a config": (["--config=digts"], "did you mean 'digits'"),
     "unknown level": (["--config=configs/digits.py:sever"], "did you mean 'severe'"),
     "mistyped setting": (
         [DIGITS, "--config.local_update.round=3"],
@@ -114,7 +115,7 @@ def test_bad_input_ends_with_one_clear_line(case, tmp_path):
 def test_help_names_flags_sections_and_configs(argument):
     done = command(argument)
     assert done.returncode == 0, done.stderr
-    for path in (ROOT / "configs").glob("*.py"):
-        assert f"--config=configs/{path.name}" in done.stdout
+    for name in config_files():
+        assert f"--config={name}" in done.stdout
     flags = ("--workdir", "--plan", "--coordinator", "--config.NAME=VALUE", "local_update")
     assert all((flag in done.stdout) == (argument == "--help") for flag in flags)

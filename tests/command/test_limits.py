@@ -2,13 +2,26 @@
 
 import pytest
 
+from mosaic_jax.config import changes_results
 from mosaic_jax.settings import from_config_dict
-from tests.command.settings_by_type import REAL, SETTINGS, WHOLE, nested, of_type, refusal, value_at
+from tests.command.settings_by_type import (
+    CHOICES,
+    FRACTIONS,
+    MAY_BE_ZERO,
+    POSITIVE,
+    REAL,
+    SETTINGS,
+    WHOLE,
+    nested,
+    of_type,
+    refusal,
+    value_at,
+)
 
 
 @pytest.mark.parametrize("path", REAL)
 def test_a_real_number_takes_a_whole_one(path):
-    whole = 0 if path in checks.FRACTIONS else 1
+    whole = 0 if path in FRACTIONS else 1
     value = value_at(from_config_dict(nested({path: whole})), path)
     assert value == whole
     assert type(value) is float
@@ -16,7 +29,7 @@ def test_a_real_number_takes_a_whole_one(path):
 
 @pytest.mark.parametrize("path", WHOLE)
 def test_whole_numbers_have_their_smallest_value(path):
-    smallest = 0 if path in checks.MAY_BE_ZERO else 1
+    smallest = 0 if path in MAY_BE_ZERO else 1
     assert refusal({path: smallest - 1}) == (
         f"{path} = {smallest - 1}: must be at least {smallest}"
     )
@@ -32,13 +45,13 @@ def test_real_numbers_are_finite_and_not_negative(path, wrong):
     assert refusal({path: wrong}).startswith(f"{path} = {wrong}: must ")
 
 
-@pytest.mark.parametrize("path", sorted(checks.FRACTIONS))
+@pytest.mark.parametrize("path", sorted(FRACTIONS))
 @pytest.mark.parametrize("wrong", [1, 1.0, 1.5])
 def test_fractions_stay_below_one(path, wrong):
     assert refusal({path: wrong}) == f"{path} = {float(wrong)}: must lie in [0, 1)"
 
 
-@pytest.mark.parametrize("path", sorted(checks.POSITIVE))
+@pytest.mark.parametrize("path", sorted(POSITIVE))
 @pytest.mark.parametrize("wrong", [0, 0.0])
 def test_positive_numbers_are_not_zero(path, wrong):
     assert refusal({path: wrong}) == f"{path} = 0.0: must be greater than 0"
@@ -54,11 +67,11 @@ def test_a_cosine_needs_a_learning_rate_to_fall_from():
     refusal({"local_update.learning_rate": 0.0, "local_update.final_learning_rate": 0.001})
 
 
-@pytest.mark.parametrize("path", sorted(checks.CHOICES))
+@pytest.mark.parametrize("path", sorted(CHOICES))
 def test_a_choice_takes_its_words_and_names_the_nearest_to_others(path):
-    for word in checks.CHOICES[path]:
+    for word in CHOICES[path]:
         assert value_at(from_config_dict(nested({path: word})), path) == word
-    word = checks.CHOICES[path][0]
+    word = CHOICES[path][0]
     assert f"did you mean '{word}'" in refusal({path: word[:-1] + word[-1] * 2})
 
 
@@ -88,15 +101,34 @@ def test_distillation_needs_a_loss():
 
 
 @pytest.mark.parametrize(
-    ("registry", "kind"), [("CHOICES", str), ("MAY_BE_ZERO", int), ("FRACTIONS", float),
-                           ("POSITIVE", float)],
-)  # fmt: skip
-def test_the_lists_of_checks_name_settings_that_exist(registry, kind):
-    names = set(getattr(checks, registry))
-    assert names <= set(of_type(kind))
-    assert names
+    ("names", "kind", "known"),
+    [
+        (CHOICES, str, "model.conv"),
+        (MAY_BE_ZERO, int, "fine_tuning.rounds"),
+        (MAY_BE_ZERO, int, "partition.seed"),
+        (FRACTIONS, float, "meta_model.dropout"),
+        (POSITIVE, float, "partition.alpha"),
+    ],
+)
+def test_the_lists_of_checks_name_settings_that_exist(names, kind, known):
+    assert set(names) <= set(of_type(kind))
+    assert known in names
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("seed", True),
+        ("model.width", True),
+        ("parallel.lanes", False),
+        ("run.checkpoint_every", False),
+        ("nonsense", True),
+    ],
+)
+def test_layout_and_record_keeping_change_no_results(name, expected):
+    assert changes_results(name) == expected
 
 
 def test_every_default_is_among_the_choices():
-    for path, words in checks.CHOICES.items():
+    for path, words in CHOICES.items():
         assert SETTINGS[path][1] in words

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from flax.traverse_util import flatten_dict
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mosaic_jax import settings as reader
-from mosaic_jax.config import Config
+from mosaic_jax.config import Config, Fraction
 from tests.properties import DRAWN, answer
 
 LEAVES = flatten_dict(dataclasses.asdict(Config()), sep=".")
@@ -16,13 +17,16 @@ LEAVES = flatten_dict(dataclasses.asdict(Config()), sep=".")
 
 def others(name, value):
     """Values of the same type that alone are allowed."""
-    if name in checks.CHOICES:
-        return st.sampled_from(checks.CHOICES[name])
+    *section, last = name.split(".")
+    owner = type(getattr(Config(), *section)) if section else Config
+    hint = get_type_hints(owner, include_extras=True)[last]
+    if get_origin(hint) is Literal:
+        return st.sampled_from(get_args(hint))
     if isinstance(value, bool):
         return st.booleans()
     if isinstance(value, int) and not name.endswith(("steps", "clients_per_round")):
         return st.integers(1, 10**6)
-    if isinstance(value, float) and name in checks.FRACTIONS:
+    if hint == Fraction:
         return st.floats(0, 0.99)
     if isinstance(value, float):
         return st.floats(1e-6, 1e6)

@@ -89,7 +89,7 @@ def _aliases(scope, sections):
 
 
 PACKAGE = ROOT / "mosaic_jax"
-DEFINERS = [PACKAGE / f"{name}.py" for name in ("config", "settings", "checks")]
+DEFINERS = [PACKAGE / f"{name}.py" for name in ("config", "settings")]
 SOURCES = [path.read_text() for path in PACKAGE.rglob("*.py") if path not in DEFINERS]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mosaic_jax.data import batches
+from mosaic_jax.data.batches import ClientLists
 from mosaic_jax.types import UserError
 from tests.helpers import member
 
@@ -15,7 +16,7 @@ BATCH = 8
 epoch_batch = jax.jit(batches.epoch_batch, static_argnames="batch_size")
 
 
-def packed(*sizes: int, capacity: int = 0) -> list[dict[str, np.ndarray]]:
+def packed(*sizes: int, capacity: int = 0) -> list[ClientLists]:
     """Clients of so many images each, and one that only enlarges the capacity; sliced apart."""
     bounds = np.cumsum([0, *sizes, capacity])
     parts = [np.arange(a, b) + 100 for a, b in itertools.pairwise(bounds) if b > a]
@@ -23,16 +24,16 @@ def packed(*sizes: int, capacity: int = 0) -> list[dict[str, np.ndarray]]:
     return [member(together, i) for i in range(len(sizes))]
 
 
-def epoch(client: dict, key: jax.Array, number: int = 0) -> list[np.ndarray]:
+def epoch(client: ClientLists, key: jax.Array, number: int = 0) -> list[np.ndarray]:
     """The valid positions of every batch of one epoch."""
-    steps = int(batches.batches_per_epoch(client["size"], BATCH))
+    steps = int(batches.batches_per_epoch(client.size, BATCH))
     found = []
     for step in range(number * steps, (number + 1) * steps):
         positions, mask = epoch_batch(
             client.index, client.size, step=step, key=key, batch_size=BATCH
         )
         assert positions.shape == mask.shape == (BATCH,)
-        assert np.isin(positions, client["index"][: client["size"]]).all()
+        assert np.isin(positions, client.index[: client.size]).all()
         assert (np.diff(mask) <= 0).all(), "valid entries come first"
         found.append(np.asarray(positions)[np.asarray(mask) == 1])
     return found
@@ -41,10 +42,10 @@ def epoch(client: dict, key: jax.Array, number: int = 0) -> list[np.ndarray]:
 def test_pack() -> None:
     labels = np.array([0, 1, 1, 2, 2, 2])
     client = batches.pack([np.array([5, 3, 0]), np.array([2])], labels, 4)
-    np.testing.assert_array_equal(client["id"], [0, 1])
-    np.testing.assert_array_equal(client["index"], [[5, 3, 0, 5], [2, 2, 2, 2]])
-    np.testing.assert_array_equal(client["size"], [3, 1])
-    np.testing.assert_array_equal(client["class_counts"], [[1, 0, 2, 0], [0, 1, 0, 0]])
+    np.testing.assert_array_equal(client.id, [0, 1])
+    np.testing.assert_array_equal(client.index, [[5, 3, 0, 5], [2, 2, 2, 2]])
+    np.testing.assert_array_equal(client.size, [3, 1])
+    np.testing.assert_array_equal(client.class_counts, [[1, 0, 2, 0], [0, 1, 0, 0]])
     kinds = {name: value.dtype for name, value in vars(client).items()}
     assert kinds == {"id": np.int32, "index": np.int32, "size": np.int32, "class_counts": "f4"}
     with pytest.raises(UserError, match="client 1 holds no images"):
@@ -80,14 +81,14 @@ def test_epoch_shows_every_image_once(size: int, expected: list[int]) -> None:
     shown = np.concatenate(batches)
     assert len(np.unique(shown)) == len(shown)
     if sum(expected) == size:
-        assert sorted(shown) == sorted(client["index"][:size])
+        assert sorted(shown) == sorted(client.index[:size])
 
 
 def test_batches_do_not_depend_on_the_padding() -> None:
     key = jax.random.key(3)
     for size in (1, 5, 8, 9, 29):
         tight, loose = packed(size)[0], packed(size, capacity=500)[0]
-        assert tight["index"].shape != loose["index"].shape
+        assert tight.index.shape != loose.index.shape
         for step in range(9):
             expected = epoch_batch(tight.index, tight.size, step=step, key=key, batch_size=BATCH)
             actual = epoch_batch(loose.index, loose.size, step=step, key=key, batch_size=BATCH)
@@ -116,7 +117,7 @@ def test_epochs_keys_and_clients_differ() -> None:
 def test_dropped_single_image_changes_from_epoch_to_epoch() -> None:
     (client,) = packed(BATCH + 1)
     dropped = {
-        int(np.setdiff1d(client["index"], np.concatenate(epoch(client, jax.random.key(0), n)))[0])
+        int(np.setdiff1d(client.index, np.concatenate(epoch(client, jax.random.key(0), n)))[0])
         for n in range(12)
     }
     assert len(dropped) > 3
@@ -141,7 +142,7 @@ def test_batches_under_vmap_and_scan_are_those_of_one_client() -> None:
     together = batches.pack(parts, np.zeros(29, int), 10)
     keys = jax.random.split(jax.random.key(0), 3)
 
-    def steps(client: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def steps(client: ClientLists, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.lax.map(
             lambda step: batches.epoch_batch(
                 client.index, client.size, step=step, key=key, batch_size=BATCH
@@ -164,7 +165,7 @@ def test_uniform_batch_draws_from_all_valid_entries() -> None:
     (client,) = packed(5, capacity=40)
     drawn = batches.uniform_batch(client.index, client.size, key=jax.random.key(0), batch_size=2000)
     values, counts = np.unique(drawn, return_counts=True)
-    np.testing.assert_array_equal(values, client["index"][:5])
+    np.testing.assert_array_equal(values, client.index[:5])
     assert ((counts - 400) ** 2 / 400).sum() < 18.5, "chi-square at 0.1%"
 
 
@@ -189,7 +190,7 @@ def test_flip_mirrors_about_half(pictures: jax.Array) -> None:
 def test_crop_shifts_each_image_within_the_frame(pictures: jax.Array) -> None:
     augment = jax.jit(batches.crop_and_flip, static_argnames=("padding", "flip"))
     cropped = np.asarray(augment(pictures, jax.random.key(0), padding=2, flip=False))
-    assert cropped.shape == images.shape
+    assert cropped.shape == pictures.shape
     assert cropped.min() == -1.0
     framed = np.pad(pictures, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-1)
     corners = set()

@@ -25,7 +25,14 @@ from tests.properties import DRAWN, answer
 def test_a_division_places_every_image_once(kind, counts, clients, alpha, seed):
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
     parts, refusal = answer(
-        partition.partition, kind, labels, len(counts), clients, alpha, seed, minimum=0
+        partition.partition,
+        kind,
+        labels,
+        len(counts),
+        clients=clients,
+        alpha=alpha,
+        seed=seed,
+        minimum=0,
     )
     if refusal:
         assert "cannot be divided" in refusal or "underflow" in refusal

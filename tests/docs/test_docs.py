@@ -1,40 +1,36 @@
 """README and docs are true: every command, path, config and setting in them resolves."""
 
+import contextlib
+import importlib
 import importlib.util
+import pkgutil
 import re
-import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from absl import flags as absl_flags
 
+from mosaic_jax import flags
 from mosaic_jax import settings as reader
 from mosaic_jax.data import sources
 from mosaic_jax.methods import METHODS
 from mosaic_jax.models import CLASSIFIERS
+from mosaic_jax.types import UserError
+from tests.docs import commands
+from tests.docs.commands import PACKAGE, PAGES
 from tests.helpers import CACHE_SETTINGS, ROOT
 
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-PACKAGE = ROOT / "mosaic_jax"
-
-
-def commands(text: str) -> list[list[str]]:
-    """Every command of the fenced shell blocks, joined lines and `&&` chains taken apart."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    parts = [part for line in lines for part in line.split("#")[0].split("&&")]
-    return [words for words in (shlex.split(part) for part in parts) if words]
+COMMANDS, BY_MODULE = commands.found(), commands.by_module()
+OTHER_PROGRAMS = {"pytest", "ruff", "mypy", "lint-imports", "git", "cd", "apt-get", "ls"}
 
 
 def config_file(words: list[str]) -> dict:
-    """The settings that a command's --config and overrides ask for, checked."""
+    """Return the settings that a command's --config and overrides ask for, checked."""
     values = dict(word[2:].split("=", 1) for word in words if word.startswith("--config"))
     path, _, options = values.pop("config").partition(":")
-    spec = importlib.util.spec_from_file_location("named", ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    settings = module.get_config(options)
+    settings = reader.get_config(path, options)
     for name, value in values.items():
         dotted = name.removeprefix("config.")
         current = settings.to_dict()
@@ -45,39 +41,72 @@ def config_file(words: list[str]) -> dict:
     return settings.to_dict()
 
 
+def check_run(words: list[str]) -> None:
+    """Fail on a command of the main program with a wrong flag, config or setting."""
+    own = [word for word in words if word.startswith("--") and not word.startswith("--config")]
+    for flag in (word[2:].partition("=")[0] for word in own):
+        defined = absl_flags.FLAGS.find_module_defining_flag(flag)
+        assert flag == "help" or defined == flags.__name__, flag
+    if "--help" not in words:
+        reader.from_config_dict(config_file(words))
+
+
 def check(words: list[str]) -> None:
     """Fail on a command that could not run from a clean clone."""
-    while re.match(r"^[A-Z_]+=", words[0]):
-        words = words[1:]
-    program = Path(words[0]).name
-    if program.startswith("python") and words[1:2] == ["-m"]:
-        module = words[2]
-        if module == "venv":
-            return
+    words = commands.without_environment(words)
+    module, program = commands.module_of(words), Path(words[0]).name
+    if module == "mosaic_jax.main":
+        check_run(words[3:])
+    elif module:
         assert importlib.util.find_spec(module), module
-        if module == "mosaic_jax.main" and "--help" not in words:
-            reader.from_config_dict(config_file(words))
     elif program == "pip":
-        extras = re.findall(r"\[(\w+)\]", " ".join(words))
+        extras = re.findall(r"\[([\w,]+)\]", " ".join(words))
         declared = (ROOT / "pyproject.toml").read_text()
-        assert all(re.search(rf"^{extra} = \[", declared, flags=re.M) for extra in extras), words
+        for extra in ",".join(extras).split(",") if extras else []:
+            assert re.search(rf"^{extra} = \[", declared, flags=re.M), words
     else:
-        assert program in {
-            "pytest",
-            "ruff",
-            "mypy",
-            "lint-imports",
-            "git",
-            "cd",
-            "apt-get",
-            "ls",
-        }, words
+        assert program in OTHER_PROGRAMS, words
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_could_run(page):
-    for words in commands(page.read_text()):
+def check_arguments(usage: str, words: list[str]) -> None:
+    """Fail on a flag that a usage text lacks, and on a config or setting that there is none of."""
+    for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+        assert re.search(rf"{flag}(?![\w-])", usage), flag
+    given = " ".join(words)
+    for config in re.findall(r"--config[ =](\S+)", given):
+        name, _, options = config.partition(":")
+        assert reader.get_config(name, options)
+    for changes in re.findall(r"--set((?: \w[\w.]*=\S+)+)", given):
+        for name in (change.partition("=")[0] for change in changes.split()):
+            assert name in reader.names(), name
+
+
+@pytest.mark.parametrize("source", COMMANDS)
+def test_every_command_could_run(source):
+    for words in COMMANDS[source]:
         check(words)
+
+
+@pytest.mark.parametrize("module", BY_MODULE)
+def test_every_command_has_the_flags_of_its_module(module):
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    usage, described, _ = result.stdout.partition("\n\n")
+    assert usage.startswith("usage: ")
+    assert described
+    for words in BY_MODULE[module]:
+        check_arguments(usage, words)
+
+
+def is_in_package(package: str, name: str) -> bool:
+    """Return whether a package or module of `mosaic_jax` has a module, class or function."""
+    path = PACKAGE / package
+    if (path / f"{name}.py").exists() or (path / name).is_dir():
+        return True
+    is_there = path.is_dir() or path.with_suffix(".py").exists()
+    return is_there and hasattr(importlib.import_module(f"mosaic_jax.{package}"), name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -90,10 +119,27 @@ def test_every_path_and_setting_exists(page):
             assert any((base / path).exists() for base in (ROOT, PACKAGE)), (page.name, path)
         name = re.fullmatch(r"(\w+)\.(\w+)( = .*)?", code)
         if name and name[1] in sections and name[2] not in {"py", "md"}:
+            # `parallel`, `data` and `run` are sections and packages.
             known = f"{name[1]}.{name[2]}" in settings
-            module = PACKAGE / f"{name[1]}.py"  # `parallel` is a section and a module
-            source = module.read_text() if module.exists() else ""
-            assert known or f"def {name[2]}(" in source, (page.name, code)
+            assert known or is_in_package(name[1], name[2]), (page.name, code)
+
+
+def exists(name: str) -> bool:
+    """Return whether a dotted name is a module, or something in one."""
+    with contextlib.suppress(ModuleNotFoundError):
+        if importlib.util.find_spec(name):
+            return True
+    with contextlib.suppress(ImportError, AttributeError):
+        pkgutil.resolve_name(name)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_module_exists(page):
+    """The changelog names those that were, too."""
+    names = set(re.findall(r"\b(?:experiments|mosaic_jax)(?:\.\w+)+", page.read_text()))
+    assert page.name == "CHANGELOG.md" or [name for name in names if not exists(name)] == []
 
 
 def test_every_name_of_the_method_is_in_the_file_it_is_said_to_be_in():
@@ -151,6 +197,50 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch
 def test_the_check_of_commands_can_fail():
     wrong = "```bash\npython -m mosaic_jax.main --config=configs/digits.py --config.seeed=1\n```"
     with pytest.raises((KeyError, AttributeError)):
-        check(commands(wrong)[0])
+        check(commands.in_blocks(wrong)[0])
     with pytest.raises(AssertionError):
         check(["frobnicate", "--now"])
+
+
+def test_commands_are_found_wherever_they_stand():
+    page = "```sh\nA=1 python -m a.b \\\n  --c d && ls  # e\n```\nType `python -m f\n--g 'h i'`."
+    assert commands.in_blocks(page) == [["A=1", "python", "-m", "a.b", "--c", "d"], ["ls"]]
+    assert commands.in_line(page) == [["python", "-m", "f", "--g", "h i"]]
+    source = (
+        '"""Do.\n\n    python -m a --b c \\\\\n        --d\n    other\n\nOr `python -m e`."""\n'
+    )
+    assert commands.in_docstring(source) == [
+        ["python", "-m", "a", "--b", "c", "--d"],
+        ["python", "-m", "e"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--colour"],
+        ["--seed", "1"],
+        ["--config", "digts"],
+        ["--config=digits:sevre"],
+        ["--set", "model.width=8", "model.wdith=8"],
+    ],
+)
+def test_the_check_of_arguments_can_fail(words):
+    usage = "usage: program [--config CONFIG] [--seeds SEEDS] [--set [NAME=VALUE ...]]"
+    check_arguments(usage, ["--config=digits:severe", "--seeds", "1", "--set", "model.width=8"])
+    with pytest.raises((AssertionError, UserError)):
+        check_arguments(usage, words)
+
+
+def test_the_check_of_modules_can_fail():
+    assert all(map(exists, ("mosaic_jax.sweep", "mosaic_jax.settings.make", "experiments.claims")))
+    missing = ("mosaic_jax.swep", "mosaic_jax.settings.mkae", "experiments.swep.engine")
+    assert not any(map(exists, missing))
+
+
+def test_the_check_of_the_main_programs_flags_can_fail():
+    check_run(["--config=digits", "--workdir=runs/digits", "--plan"])
+    with pytest.raises((AssertionError, KeyError)):
+        check_run(["--config=digits", "--workdri=runs/digits"])
+    with pytest.raises(UserError, match="did you mean 'digits'"):
+        check_run(["--config=digts"])

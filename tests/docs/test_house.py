@@ -19,7 +19,7 @@ NOT_A_VERB = {
     "It", "If", "In", "On", "For", "From", "To", "Every", "Each", "All", "One", "Some", "No",
     "Nothing", "By", "As", "At", "With",
 }  # fmt: skip
-"""Words with which no docstring of a function or class begins."""
+"""Words with which no docstring of a function begins."""
 
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -94,12 +94,21 @@ def imported_tests(paths: list[Path]) -> list[str]:
     ]
 
 
+def is_property(node: FUNCTIONS) -> bool:
+    """Return whether a function is decorated as a property."""
+    names = {getattr(each, "attr", getattr(each, "id", "")) for each in node.decorator_list}
+    return bool(names & {"property", "cached_property"})
+
+
 def docstrings_without_verb(paths: list[Path]) -> list[str]:
-    """Return the docstrings of functions and classes whose first word is in `NOT_A_VERB`."""
+    """Return the docstrings of functions whose first word is in `NOT_A_VERB`.
+
+    Classes and properties are things: theirs begin with a noun.
+    """
     found = []
     for path in paths:
         for node in ast.walk(parsed(path.read_text())):
-            if not isinstance(node, FUNCTIONS | ast.ClassDef):
+            if not isinstance(node, FUNCTIONS) or is_property(node):
                 continue
             word = next(iter((ast.get_docstring(node) or "").split()), "").rstrip(",.:;'")
             if word in NOT_A_VERB:
@@ -191,5 +200,8 @@ def test_an_import_of_a_test_is_found(written, text):
 def test_a_docstring_without_verb_is_found_with_its_line(written):
     path = written('"""The module."""\n\n\ndef f():\n    """What it is."""\n')
     assert docstrings_without_verb([path]) == [f"{path}:4 f: What"]
-    assert docstrings_without_verb([written('class A:\n    """Of, as."""\n')]) != []
+    method = 'class A:\n    def f(self):\n        """Of, as."""\n'
+    assert docstrings_without_verb([written(method)]) == [f"{path}:2 f: Of"]
+    thing = 'class A:\n    """The A."""\n\n    @property\n    def b(self):\n        """The b."""\n'
+    assert docstrings_without_verb([written(thing)]) == []
     assert docstrings_without_verb([written('def f():\n    """Return the loss."""\n')]) == []

@@ -1,9 +1,10 @@
 """Runs that branch off another end like runs that did not."""
 
 import pytest
-from experiments.accuracy import ablation, branches, distillation_gap
 
 from configs import digits, fashion_mnist
+from experiments.accuracy import ablation, branches, distillation_gap
+from mosaic_jax.sweep import launch
 from tests.helpers import lines, tiny_config
 
 
@@ -19,21 +20,21 @@ from tests.helpers import lines, tiny_config
     ],
 )
 def test_stages_before_the_first_change_are_shared(changes, last):
-    end = 0 if last is None else branches.STAGES.index(last) + 1
-    assert branches.shared_stages(changes) == branches.STAGES[:end]
+    end = 0 if last is None else launch.STAGES.index(last) + 1
+    assert branches.shared_stages(changes) == launch.STAGES[:end]
 
 
 def test_a_branch_ends_like_a_run_of_its_own(tmp_path, capsys):
     change, short = {"fine_tuning.learning_rate": 1e-2}, {"knowledge_distillation.steps": 0}
-    base = branches.config(tiny_config, "", 0, short)
-    branched = branches.config(tiny_config, "", 0, short, change)
-    branches.run(base, tmp_path / "base")
-    branches.adopt(tmp_path / "base", tmp_path / "branch", branches.shared_stages(change))
-    rows = branches.run(branched, tmp_path / "branch")
-    alone = branches.run(branched, tmp_path / "alone")
+    base = launch.configure(tiny_config, "", 0, short)
+    branched = launch.configure(tiny_config, "", 0, short, change)
+    launch.run_to_end(base, tmp_path / "base")
+    branches.adopt_stages(tmp_path / "base", tmp_path / "branch", branches.shared_stages(change))
+    rows = launch.run_to_end(branched, tmp_path / "branch")
+    alone = launch.run_to_end(branched, tmp_path / "alone")
     assert rows == alone
     assert lines(tmp_path / "branch") == lines(tmp_path / "alone") != lines(tmp_path / "base")
-    assert branches.run(branched, tmp_path / "branch") == rows  # ended: only read
+    assert launch.run_to_end(branched, tmp_path / "branch") == rows  # ended: only read
 
 
 def test_every_variant_of_the_experiments_is_a_config_of_its_own():
@@ -41,7 +42,7 @@ def test_every_variant_of_the_experiments_is_a_config_of_its_own():
         (digits.get_config, ablation.VARIANTS),
         (fashion_mnist.get_config, distillation_gap.BRANCHES),
     ):
-        made = [branches.config(get_config, "severe", 0, own) for own in variants.values()]
+        made = [launch.configure(get_config, "severe", 0, own) for own in variants.values()]
         assert all(a != b for i, a in enumerate(made) for b in made[:i])
 
 

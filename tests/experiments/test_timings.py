@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
-from experiments.speed.uneven_clients import masked
 
+from experiments.speed.uneven_clients import masked
 from mosaic_jax.data.batches import batches_per_epoch, epoch_batch
 
 
 def test_runs_alternate_and_the_first_of_each_does_not_count(monkeypatch):
-    from experiments import timed_units
+    from experiments.speed import timed_units
 
     monkeypatch.setattr(timed_units, "REST", 0.0)
     calls = []
@@ -28,7 +28,7 @@ def test_masked_share_is_that_of_the_masks(make_federation):
     shares = []
     for i in range(federation.num_clients):
         client = jax.tree.map(lambda leaf, i=i: leaf[i], federation.clients.lists)
-        steps = range(int(batches_per_epoch(client["size"], 48)))
+        steps = range(int(batches_per_epoch(client.size, 48)))
         masks = [
             epoch_batch(client.index, client.size, step=step, key=jax.random.key(0), batch_size=48)[
                 1

@@ -19,7 +19,7 @@ def test_a_client_of_fedbn_keeps_its_batch_norms_through_a_broadcast(make_federa
     state = {"global": federation.initial_variables()}
     carry = stage.start(state)
     carry, metrics = stage.block(state, carry, 0)
-    before = jax.device_get(carry["norms"])
+    before = jax.device_get(carry.own)
     present = list(metrics["clients"])
     absent = [i for i in range(4) if i not in present]
     start = norms(jax.device_get(federation.initial_variables()))
@@ -28,7 +28,7 @@ def test_a_client_of_fedbn_keeps_its_batch_norms_through_a_broadcast(make_federa
     assert any(differ(leaf[present[0]], leaf[present[1]]) for leaf in before.values())
     carry, metrics = stage.block(state, carry, 1)
     absent = [i for i in range(4) if i not in list(metrics["clients"])]
-    for path, leaf in jax.device_get(carry["norms"]).items():
+    for path, leaf in jax.device_get(carry.own).items():
         assert_same(leaf[absent], before[path][absent])
 
 
@@ -43,14 +43,14 @@ def test_a_narrow_client_of_fedbn_is_judged_by_its_sub_model(make_federation):
     for group in federation.groups:
         streams = submodel.channel_groups_of(federation.classifier.module)
         for client in group.members:
-            own = member(carry["norms"], client)
-            full = with_norms(carry["global"], own)
+            own = member(carry.own, client)
+            full = with_norms(carry.model, own)
             sets = {
                 name: jnp.arange(int(-(-channels * group.capacity // 1)))
                 for name, channels in submodel.widths(streams, full).items()
             }
             model = submodel.extract(full, streams, sets)
-            logits = jax.jit(group.model.apply)(model, to_float(images)).logits
+            logits = jax.jit(group.module.apply)(model, to_float(images)).logits
             accuracies.append(np.mean(logits.argmax(-1) == labels))
     found = stage.evaluate(stage.finish(state, carry))["client_test_accuracy"]
     assert found == pytest.approx(np.mean(accuracies), abs=1 / len(labels))

@@ -22,7 +22,7 @@ def test_fedgens_spread_is_that_of_all_pairs():
 
 def test_fedgens_features_say_their_class_in_a_batch_of_one_class(make_federation):
     server = fedgen.FeatureGenerator(make_federation(**SHORT))
-    generator = server.start(server.federation.initial_variables())["generator"]
+    generator = server.start(server.federation.initial_variables()).generator
     key = jax.random.key(0)
     alone = [fedgen._features(generator, jnp.full(8, label), key) for label in (0, 1)]
     mixed = fedgen._features(generator, jnp.array([0, 1] * 4), key)

@@ -13,7 +13,7 @@ def test_a_masked_client_has_no_say_in_the_heads_rows_of_classes_it_lacks(make_f
     stage = methods.stages("heterofl", federation)[0]
     state = {"global": federation.initial_variables()}
     carry, _ = stage.block(state, stage.start(state), 0)
-    after = jax.device_get(carry["global"]["params"]["head"])
+    after = jax.device_get(carry.model["params"]["head"])
     for name in ("kernel", "bias"):
         moved = (after[name] != before[name]).reshape(-1, 10).any(axis=0)
         assert moved.tolist() == [True] * 9 + [False]  # nobody holds class 9

@@ -13,12 +13,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mosaic_jax import parallel, rng
+from mosaic_jax import parallel, rng, trees
 from mosaic_jax.models import winograd
 from mosaic_jax.models.convolution import convolve
 from mosaic_jax.plan.hlo import Module
 from mosaic_jax.run import experiment
-from mosaic_jax.stages import generator_optimization, meta_model
+from mosaic_jax.stages import generator_optimization, meta_model, teacher
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.stages.rounds import Rounds
 from tests.helpers import tiny_federation
@@ -76,7 +76,7 @@ def one_round(devices, lanes=1):
     stage = Rounds(federation, ClientUpdate(federation, 2), "local_update", 1, 0.05).stage()
     state = {"global": federation.initial_variables()}
     carry, metrics = stage.block(state, stage.start(state), 0)
-    return carry["global"], {"loss": metrics["loss"], "accuracy": metrics["accuracy"]}
+    return carry.model, {"loss": metrics["loss"], "accuracy": metrics["accuracy"]}
 
 
 def split_batch(devices):
@@ -101,15 +101,15 @@ def taught(devices, together):
     models = jax.jit(jax.vmap(federation.classifier.module.init, (0, None)))
     images = jax.random.uniform(KEY, (16, *federation.dataset.image_shape), minval=-1)
     experts = models(jax.random.split(KEY, 10), images[:1])
-    meta = {"params": meta_model.MetaTraining(federation).start()["params"]}
-    variables = federation.layout.put_replicated({"experts": experts, "meta": meta})
-    everything = meta_model.ATTENTION_BYTES
-    meta_model.ATTENTION_BYTES = 4 * 10**3 * together
+    meta = {"params": meta_model.MetaTraining(federation).start().params}
+    variables = federation.layout.put_replicated(teacher.Teacher(experts, meta))
+    everything = teacher.ATTENTION_BYTES
+    teacher.ATTENTION_BYTES = 4 * 10**3 * together
     try:
-        teacher = meta_model.teacher_logits(federation)
+        fused = teacher.teacher_logits(federation)
     finally:
-        meta_model.ATTENTION_BYTES = everything
-    program = jax.jit(teacher).lower(variables, images).compile()
+        teacher.ATTENTION_BYTES = everything
+    program = jax.jit(fused).lower(variables, images).compile()
     found = Module(program.as_text()).collectives()
     return program(variables, images), sum(each.in_loop for each in found)
 
@@ -120,15 +120,14 @@ def spread_at_a_restore(devices):
     federation = tiny_federation(**ROUND | layout)
     clients = jax.vmap(lambda _: federation.initial_variables())(jnp.arange(4))
     stage = generator_optimization.stage(federation)
-    carry = experiment._layout(
-        stage, {"clients": federation.layout.shard_clients(clients)}, federation
+    carry = experiment._abstract_carry(
+        stage, {"client_models": federation.layout.shard_clients(clients)}, federation
     )
     spread, stacks, others = 0, 0, 0
-    for name, part in carry.items():
-        for leaf in jax.tree.leaves(part):
-            is_spread = leaf.sharding.spec == P(parallel.AXIS)
-            is_stack = name in stage.stacks
-            spread, stacks, others = spread + is_spread, stacks + is_stack, others + (not is_stack)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(carry):
+        is_spread = leaf.sharding.spec == P(parallel.AXIS)
+        is_stack = trees.entry(path) in stage.stacks
+        spread, stacks, others = spread + is_spread, stacks + is_stack, others + (not is_stack)
     return spread, stacks, others
 
 

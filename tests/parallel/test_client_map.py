@@ -52,7 +52,7 @@ def test_a_round_of_local_training_is_the_same_in_lanes_and_in_the_debug_loop(ma
     stage = Rounds(federation, ClientUpdate(federation, 2), "local_update", 1, 0.05).stage()
     state = {"global": federation.initial_variables()}
     carry, metrics = stage.block(state, stage.start(state), 0)
-    found = carry["global"], {name: metrics[name] for name in loss}
+    found = carry.model, {name: metrics[name] for name in loss}
     assert_close(found, (truth, loss), rtol=2e-4, atol=2e-5)
 
 
@@ -78,6 +78,34 @@ def test_a_client_does_not_depend_on_the_others():
     assert_same(some, jax.tree.map(lambda leaf: leaf[chosen], every))
     # and yet its random start is its own
     assert len(np.unique(every["loss"])) == 11
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[2, 0], [1, 1], [3], [3, 2, 1, 0], [1, 1, 1, 1], [0, 2, 1, 3], [0, 0, 1, 3], [0, 1, 2, 3]],
+)
+@pytest.mark.parametrize("kind", [np.array, jnp.array])
+def test_clients_are_taken_by_their_ids_whatever_the_order(ids, kind):
+    stack = {"size": jnp.arange(4) + 10, "x": {"rows": jnp.arange(24.0).reshape(4, 3, 2)}}
+    expected = jax.tree.map(lambda leaf: np.stack([leaf[i] for i in ids]), stack)
+    known = kind(ids)
+    assert_same(parallel.take_clients(stack, known), expected)
+    compiled = jax.jit(lambda stack: parallel.take_clients(stack, known))
+    assert_same(compiled(stack), expected)
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3], [0, 3], [1, 2, 3], [2]])
+def test_clients_are_taken_by_ids_that_a_compiled_program_is_given(ids):
+    """There they are unique and sorted."""
+    stack = {"size": jnp.arange(4) + 10, "x": jnp.arange(24.0).reshape(4, 3, 2)}
+    found = jax.jit(parallel.take_clients)(stack, jnp.array(ids))
+    assert_same(found, jax.tree.map(lambda leaf: leaf[np.array(ids)], stack))
+
+
+def test_all_clients_in_order_stay_where_they_lie():
+    stack = {"size": jnp.arange(4), "x": jnp.ones((4, 3))}
+    found = parallel.take_clients(stack, np.arange(4))
+    assert all(found[name] is stack[name] for name in stack)
 
 
 def test_debug_mode_names_the_client_that_fails():

@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from experiments.faults.several_hosts import free_port, start_host
 
+from experiments.faults.several_hosts import free_port, start_host
 from mosaic_jax import parallel
 from mosaic_jax.parallel import hosts
 from mosaic_jax.types import UserError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mosaic_jax import parallel
-from mosaic_jax.federation import compute_type
+from mosaic_jax.federation import resolve_dtype
 from mosaic_jax.types import UserError
 
 
@@ -64,5 +64,5 @@ def test_accelerators_compute_in_bfloat16(make_federation, platform, asked, expe
         federation.config, model=dataclasses.replace(federation.config.model, dtype=asked)
     )
     mesh = SimpleNamespace(devices=SimpleNamespace(flat=[SimpleNamespace(platform=platform)]))
-    assert compute_type(config, mesh) == expected
+    assert resolve_dtype(config, mesh).model.dtype == expected
     assert federation.config.model.dtype == "float32"  # as it is, for the record

@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments.accuracy.branches import STAGES
 
+from mosaic_jax import rng, trees
 from mosaic_jax.parallel import offload
 from mosaic_jax.report import figures
 from mosaic_jax.run import experiment
 from mosaic_jax.run.metrics import MetricsFile
 from mosaic_jax.run.record import load
 from mosaic_jax.stages import generator_ensemble, knowledge_distillation
-from mosaic_jax.stages.generator_optimization import Generators
+from mosaic_jax.stages.generator_optimization import Generators, wave_size
+from mosaic_jax.sweep.launch import STAGES
 from mosaic_jax.types import UserError
 
 KEY = jax.random.key(3)
@@ -33,33 +34,34 @@ def ensemble(make_federation):
 
 
 def test_a_step_asks_one_client_of_each_block_in_proportion_to_its_images(ensemble):
-    draws = jax.jit(jax.vmap(ensemble.chosen))(jax.random.split(KEY, 4000))
-    sizes = ensemble.federation.clients.class_counts.sum(axis=1).reshape(2, 3)
+    draws = jax.jit(jax.vmap(ensemble.sample_clients))(jax.random.split(KEY, 4000))
+    sizes = ensemble.federation.clients.sizes.reshape(2, 3)
     found = np.stack([np.bincount(np.asarray(draws)[:, b] - 3 * b, minlength=3) for b in (0, 1)])
     assert found.shape == (2, 3)
     np.testing.assert_allclose(found / 4000, sizes / sizes.sum(axis=1, keepdims=True), atol=0.03)
-    one, same, other = (ensemble.chosen(key) for key in (KEY, KEY, jax.random.key(5)))
+    one, same, other = (ensemble.sample_clients(key) for key in (KEY, KEY, jax.random.key(5)))
     np.testing.assert_array_equal(one, same)
     assert (np.asarray(draws) != draws[0]).any()
     assert other.shape == (2,)
 
 
 def test_blocks_share_a_batch_by_their_images(ensemble):
-    sizes = ensemble.federation.clients.class_counts.sum(axis=1).reshape(2, 3).sum(axis=1)
-    np.testing.assert_array_equal(np.bincount(ensemble.block), generator_ensemble.shares(sizes, 8))
+    sizes = ensemble.federation.clients.sizes.reshape(2, 3).sum(axis=1)
+    expected = generator_ensemble.images_per_generator(sizes, 8)
+    np.testing.assert_array_equal(np.bincount(ensemble.image_stratum), expected)
 
 
 def test_the_chosen_clients_generators_draw_with_their_own_keys(ensemble):
-    generator = generator_ensemble.build(ensemble.federation)
+    generator = generator_ensemble.build_generator(ensemble.federation)
     init = jax.vmap(lambda key: generator.init(key, jnp.zeros((2, 8))))
     generators = init(jax.random.split(KEY, 6))
     clients = jnp.array([1, 5])
-    chosen = ensemble.of(generators, clients)
+    chosen = ensemble.take(generators, clients)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[clients]), chosen, generators)
     images = ensemble.draw(chosen, clients, KEY)
     every = generator_ensemble.sampler(ensemble.federation, ensemble.most)
     all_images = every(generators, KEY, jnp.arange(6))
-    expected = all_images[clients][ensemble.block, ensemble.image]
+    expected = all_images[clients][ensemble.image_stratum, ensemble.image_in_stratum]
     np.testing.assert_allclose(images, expected, atol=1e-5)
 
 
@@ -100,14 +102,16 @@ def test_a_bounded_run_that_was_stopped_is_the_unbounded_one(make_federation, tm
     Five clients in waves of two, so that the last wave is filled up.
     """
     settings = FIVE | {"model.width": 16, "run.checkpoint_every": 1}
-    federation = make_federation(**settings, **{"parallel.memory_gib": BOUND})
+    federation = make_federation(
+        tmp_path / "run" / "stacks", **settings, **{"parallel.memory_gib": BOUND}
+    )
     asked = iter(range(1000))
     with pytest.raises(experiment.Stopped):
         # two rounds, the experts' round, and three blocks: into the second wave
         experiment.run(federation, tmp_path / "run", is_asked_to_stop=lambda: next(asked) == 5)
     assert experiment.restore(federation, tmp_path / "run")[1] == STAGES[:2]
     bounded = experiment.run(federation, tmp_path / "run")
-    assert "clients" not in bounded
+    assert "client_models" not in bounded
     assert offload.is_offloaded(bounded["generators"])
     lines = MetricsFile(tmp_path / "run" / "metrics.jsonl").read()
     waves = [line["clients"] for line in lines if line["stage"] == "generator_optimization"]
@@ -127,7 +131,7 @@ def test_a_bounded_run_that_was_stopped_is_the_unbounded_one(make_federation, tm
 
     # Without the bound, what depends on the stages that have to be run again is run again, too.
     free = experiment.run(make_federation(**settings), tmp_path / "run")
-    assert "clients" in free
+    assert "client_models" in free
     assert not offload.is_offloaded(free["generators"])
     for name, model in models.items():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), free[name], model)
@@ -151,33 +155,33 @@ def test_a_bounded_run_that_was_stopped_is_the_unbounded_one(make_federation, tm
     ],
 )
 def test_a_bound_that_cannot_be_kept_is_refused(make_federation, tmp_path, settings, message):
+    federation = make_federation(tmp_path / "run" / "stacks", **MANY | settings)
     with pytest.raises(UserError, match=message):
-        experiment.run(make_federation(**MANY | settings), tmp_path / "run")
+        experiment.run(federation, tmp_path / "run")
 
 
 def test_a_bound_without_a_work_directory_is_refused(make_federation):
-    federation = dataclasses.replace(make_federation(**{"parallel.memory_gib": 3e-4}), spill=None)
-    generators = Generators(federation)
-    assert generators.waves > 1
+    federation = make_federation(**{"parallel.memory_gib": 3e-4})
+    assert wave_size(federation) < federation.num_clients
     with pytest.raises(UserError, match="needs a work directory"):
-        generators.uploads()
+        Generators(federation)
 
 
 def test_as_many_clients_at_a_time_as_fit_on_every_device(make_federation):
-    federation = make_federation(**{"partition.clients": 6, "parallel.memory_gib": 1e-6})
-    four = dataclasses.replace(federation, mesh=SimpleNamespace(size=4))
-    assert federation.at_a_time(100) == 6  # all of them: 600 of 1,073 bytes
-    assert federation.at_a_time(200) == 3  # two waves of three, rather than of five and one
-    assert four.at_a_time(200) == 4
+    layout = make_federation(**{"partition.clients": 6, "parallel.memory_gib": 1e-6}).layout
+    four = dataclasses.replace(layout, mesh=SimpleNamespace(size=4))
+    assert layout.clients_per_wave(6, 100) == 6  # all of them: 600 of 1,073 bytes
+    assert layout.clients_per_wave(6, 200) == 3  # two waves of three, rather than of five and one
+    assert four.clients_per_wave(6, 200) == 4
     with pytest.raises(UserError, match="one client on each of 4 device"):
-        four.at_a_time(300)
+        four.clients_per_wave(6, 300)
 
 
 def test_an_oracle_asks_no_generators(make_federation):
     settings = {"partition.kind": "iid", "data.train_images": 514, "partition.clients": 257}
     federation = make_federation(**settings, **{"knowledge_distillation.images": "real"})
-    student = knowledge_distillation.Student(federation)
-    images, _ = student.images({"source": {"data": federation.data}, "key": KEY}, 0)
+    source = knowledge_distillation.Student(federation).source
+    images, _ = source.sample(source.prepare({}, KEY, 0), rng.fold(KEY, 0), 0)
     assert images.shape == (257 * 4, 16, 16, 1)
 
 
@@ -207,19 +211,18 @@ def test_a_stack_on_disk_keeps_its_rows(tmp_path):
 
 def test_a_block_of_steps_reads_its_generators_from_the_disk(make_federation, tmp_path):
     federation = make_federation(**MANY)
-    student = knowledge_distillation.Student(federation)
-    generator = generator_ensemble.build(federation)
+    source = knowledge_distillation.Student(federation).source
+    generator = generator_ensemble.build_generator(federation)
     init = jax.vmap(lambda key: generator.init(key, jnp.zeros((2, 8))))
     generators = init(jax.random.split(KEY, 6))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), generators)
     stack = offload.create(tmp_path, shapes, 6)
     offload.write(stack, 0, jax.device_get(generators))
     for first in (0, 2):
-        inputs = {"key": KEY, "first": first}
-        drawn = inputs | {"source": student.source({"generators": stack}, KEY, first)}
-        here = inputs | {"source": student.source({"generators": generators}, KEY, first)}
-        for number in (first, first + 1):
-            for found, true in zip(
-                student.images(drawn, number), student.images(here, number), strict=True
-            ):
-                np.testing.assert_allclose(found, true, atol=1e-6)
+        drawn = source.prepare({"generators": stack}, KEY, first)
+        here = source.prepare({"generators": generators}, KEY, first)
+        for index in (0, 1):
+            key = rng.fold(KEY, first + index)
+            found, true = (source.sample(prepared, key, index) for prepared in (drawn, here))
+            for one, other in zip(found, true, strict=True):
+                np.testing.assert_allclose(one, other, atol=1e-6)

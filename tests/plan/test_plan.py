@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from mosaic_jax import methods, plan
+from mosaic_jax.plan import run_plan
 from mosaic_jax.trees import num_bytes
 
 
@@ -36,7 +37,7 @@ def test_few_classes_are_counted(make_federation, tmp_path):
     ],
 )
 def test_many_classes_are_shaded_by_the_logarithm_of_their_images(row, most, expected):
-    assert plan._heat(np.array(row), most) == expected
+    assert run_plan._heat(np.array(row), most) == expected
 
 
 def test_traffic_and_stacks_are_the_stages(make_federation, tmp_path):
@@ -44,12 +45,12 @@ def test_traffic_and_stacks_are_the_stages(make_federation, tmp_path):
     stages = {stage.name: stage for stage in methods.stages("mosaic", federation)}
     model = num_bytes(federation.classifier.abstract_variables())
     kept = 3 * (model + stages["generator_optimization"].upload)
-    assert plan._stacks(federation, list(stages.values())) == kept
+    assert run_plan._stacks(federation, list(stages.values())) == kept
     text = " ".join(drawn(federation, tmp_path).split())
     sent = sum(float(np.mean(stage.upload)) for stage in stages.values())
-    assert f"sends {plan._size(sent)} in all" in text
+    assert f"sends {run_plan._size(sent)} in all" in text
     fedavg = methods.stages("fedavg", federation)
-    assert plan._stacks(federation, fedavg) == 0
+    assert run_plan._stacks(federation, fedavg) == 0
 
 
 @pytest.mark.parametrize(
@@ -57,4 +58,4 @@ def test_traffic_and_stacks_are_the_stages(make_federation, tmp_path):
     [(12.3, "12 s"), (119, "119 s"), (150, "2.5 minutes"), (9000, "2.5 hours"), (2e5, "2.3 days")],
 )
 def test_durations_are_rounded(seconds, text):
-    assert plan._duration(seconds) == text
+    assert run_plan._duration(seconds) == text

@@ -7,13 +7,14 @@ import pytest
 
 from mosaic_jax.data import catalog
 from mosaic_jax.plan import __main__ as plan_pod
+from mosaic_jax.plan import pod
 
 
 def test_every_published_set_can_be_planned():
-    assert plan_pod.IMAGES.keys() == catalog.SETS.keys()
+    assert pod.IMAGES.keys() == catalog.SETS.keys()
     arguments = plan_pod.parse(["--set", "data.train_images=1000"])
-    config, _ = plan_pod.settings_of(arguments, 4, "float32", None)
-    dataset = plan_pod.dataset(config)
+    config, _ = pod.settings_of(arguments, 4, "float32", None)
+    dataset = pod.dataset(config)
     assert dataset.train_images.shape == (1000, 32, 32, 3)
     assert set(np.bincount(dataset.train_labels)) == {10}
     assert len(dataset.test_labels) == 10_000
@@ -21,12 +22,12 @@ def test_every_published_set_can_be_planned():
 
 def test_a_split_that_cannot_be_is_said():
     arguments = plan_pod.parse([])
-    config, notes = plan_pod.settings_of(arguments, 4096, "bfloat16", 8)
+    config, notes = pod.settings_of(arguments, 4096, "bfloat16", 8)
     assert (config.partition.kind, config.model.conv) == ("iid", "native")
     assert (config.model.dtype, config.parallel.lanes) == ("bfloat16", 8)
     assert len(notes) == 1
     assert "partition.kind = iid" in notes[0]
-    few, notes = plan_pod.settings_of(arguments, 10, "bfloat16", None)
+    few, notes = pod.settings_of(arguments, 10, "bfloat16", None)
     assert (few.partition.kind, notes) == ("dirichlet", [])
 
 

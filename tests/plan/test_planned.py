@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mosaic_jax import methods
-from mosaic_jax.plan.abstract import Record, planned, walk
+from mosaic_jax.plan import tables
+from mosaic_jax.plan.abstract import Record, abstract_federation, walk
 from mosaic_jax.plan.chips import CHIPS
 
 
@@ -15,7 +16,9 @@ def walked(make_federation):
     """A tiny federation, the shapes that its planned method leaves, and what was compiled."""
     federation = make_federation()
     record = Record()
-    stages, state = walk(planned(federation, federation.layout.mesh, record), evaluate=False)
+    stages, state = walk(
+        abstract_federation(federation, federation.layout.mesh, record), evaluate=False
+    )
     return federation, stages, state, record.programs
 
 
@@ -47,7 +50,9 @@ def test_a_stage_more_and_the_plan_stops_where_it_is_told(walked, make_federatio
     federation, *_ = walked
     record = Record()
     stages, _ = walk(
-        planned(federation, federation.layout.mesh, record), "local_update", evaluate=False
+        abstract_federation(federation, federation.layout.mesh, record),
+        "local_update",
+        evaluate=False,
     )
     assert [stage.name for stage in stages] == ["local_update"]
     assert {each.stage for each in record.programs} == {"initial_variables", "local_update"}
@@ -55,8 +60,8 @@ def test_a_stage_more_and_the_plan_stops_where_it_is_told(walked, make_federatio
 
 def test_tables_have_every_stage(walked, capsys):
     federation, stages, _, programs = walked
-    plan = plan_tables.Plan(CHIPS["v5e"], 1, federation.config, stages, programs, ["a note"])
-    plan_tables.show(plan, "title")
+    plan = tables.SlicePlan(CHIPS["v5e"], 1, federation.config, stages, programs, ["a note"])
+    tables.show(plan, "title")
     lines = capsys.readouterr().out.splitlines()
     assert "- a note" in lines
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
@@ -65,5 +70,5 @@ def test_tables_have_every_stage(walked, capsys):
     [total] = [float(row[-1]) for row in rows if row[0] == "all"]
     parts = [float(row[-1]) for row in rows if len(row) == 4 and row[0] not in ("all", "stage")]
     assert total == pytest.approx(sum(parts), rel=1e-2)
-    _, [chips_used, *_, efficiency] = plan_tables.scaling_rows([plan, plan])
+    _, [chips_used, *_, efficiency] = tables.scaling_rows([plan, plan])
     assert (chips_used, efficiency) == ("1", "100.0%")

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from mosaic_jax.report import __main__ as command_line
 from mosaic_jax.report import figures, model_figures
+from mosaic_jax.run.record import Run, load
 from tests.report.written import FIGURES, mosaic_lines, write_answers, write_run
 
 
@@ -33,7 +36,7 @@ def test_figures_show_something_and_are_deterministic(tmp_path: Path, channels: 
 
 def test_figures_are_drawn_as_pdf_for_papers(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", mosaic_lines())
-    assert flags.main([str(run), "--pdf"]) == 0
+    assert command_line.main([str(run), "--pdf"]) == 0
     paths = [run / "figures" / name.replace("png", "pdf") for name in FIGURES]
     assert sorted((run / "figures").glob("*.pdf")) == sorted(paths)
     for path in paths:
@@ -59,8 +62,11 @@ def test_a_hundred_clients_and_classes_fit(tmp_path: Path) -> None:
 
 
 def test_a_confusion_has_the_shares_of_each_true_class() -> None:
-    labels = np.array([0, 0, 0, 0, 2, 2])
-    found = model_figures.confusion(np.array([0, 0, 0, 1, 2, 0]), labels, 3)
+    labels, predicted = np.array([0, 0, 0, 0, 2, 2]), np.array([0, 0, 0, 1, 2, 0])
+    figure = Figure()
+    predictions = {"local_update": {"model": predicted, "labels": labels}}
+    model_figures.confusions(figure, Run(Path(), {}, [], predictions=predictions))
+    found = figure.axes[0].images[0].get_array()
     np.testing.assert_allclose(found, [[0.75, 0.25, 0], [0, 0, 0], [0.5, 0, 0.5]])
 
 

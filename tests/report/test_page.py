@@ -4,10 +4,13 @@ import base64
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from mosaic_jax import report
+from mosaic_jax.run.metrics import MetricsFile
 from mosaic_jax.run.record import load
 from mosaic_jax.types import UserError
 from tests.report.written import FIGURES, mosaic_lines, write_answers, write_run
@@ -53,6 +56,14 @@ def test_the_page_of_a_run_is_whole_and_needs_no_network(tmp_path: Path) -> None
     for word in ("student after fine-tuning", "70.0", "What it cost", "knowledge_distillation"):
         assert word in read.words
     assert "python -m mosaic_jax.main --config=<any>" in read.words
+
+
+def test_a_page_reads_the_record_of_a_run_once(tmp_path: Path, monkeypatch: Any) -> None:
+    run, reads = write_run(tmp_path / "run", mosaic_lines()), []
+    read = MetricsFile.read
+    monkeypatch.setattr(MetricsFile, "read", lambda file: reads.append(file.path) or read(file))
+    report.show(run, Console(quiet=True))
+    assert reads == [run / "metrics.jsonl"]
 
 
 def test_text_of_a_run_cannot_become_markup(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_a_checkpoint_of_another_shape_is_passed_over(damaged):
 
 def test_a_checkpoint_of_another_version_is_passed_over(tmp_path, monkeypatch, caplog):
     save(tmp_path / "stage", 1)
-    monkeypatch.setattr(checkpoint, "FORM", checkpoint.FORM + 1)
+    monkeypatch.setattr(checkpoint, "SCHEMA_VERSION", checkpoint.SCHEMA_VERSION + 1)
     save(tmp_path / "stage", 2)
     assert_is_block(restore(tmp_path / "stage"), 2)
     monkeypatch.undo()

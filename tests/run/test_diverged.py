@@ -11,7 +11,7 @@ import pytest
 from mosaic_jax import methods
 from mosaic_jax.stages import local_update
 from mosaic_jax.stages.cohort import cohort_of, size_weights
-from mosaic_jax.stages.round import round_function
+from mosaic_jax.stages.round import RoundState, round_function, round_inputs
 from mosaic_jax.types import UserError
 from tests.helpers import BLOCKS, assert_same, lines, member, run
 
@@ -25,11 +25,14 @@ def test_a_diverged_run_stops_naming_stage_block_and_client(make_federation, tmp
 
 def one_round_of(federation, received):
     """What a round gives, the clients' models kept."""
-    shared = {"data": federation.data, "key": federation.key("round")}
-    shared |= {"learning_rate": 0.05, "first_step": 0, "round": 0}
-    run_round = round_function(federation, local_update.ClientUpdate(federation, 2), keep=True)
+    inputs = round_inputs(
+        federation, federation.key("round"), steps=2, learning_rate=0.05, index=0, first_round=0
+    )
+    update = local_update.ClientUpdate(federation, 2)
+    run_round = round_function(federation, update, return_models=True)
     everyone = cohort_of(federation, np.arange(3), size_weights(federation))
-    return run_round({"global": federation.layout.copy_for_donation(received)}, shared, everyone)
+    state = RoundState(federation.layout.copy_for_donation(received), own={})
+    return run_round(state, inputs, everyone)
 
 
 def test_a_diverged_client_can_be_left_out(make_federation, tmp_path, monkeypatch):
@@ -46,7 +49,7 @@ def test_a_diverged_client_can_be_left_out(make_federation, tmp_path, monkeypatc
     spoilt = np.array(federation.data.images)
     spoilt[federation.clients.indices[1]] = 7
     federation = dataclasses.replace(
-        federation, data=federation.layout.put_replicated({**federation.data, "images": spoilt})
+        federation, data=federation.layout.put_replicated(federation.data.replace(images=spoilt))
     )
     state, _ = run(federation, tmp_path / "run")
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -55,11 +58,11 @@ def test_a_diverged_client_can_be_left_out(make_federation, tmp_path, monkeypatc
         assert line["loss"][1] == 0.0 < line["loss"][0]
     received = federation.initial_variables()
     after = one_round_of(federation, received)
-    sizes = federation.clients.class_counts.sum(axis=1) * [1.0, 0.0, 1.0]
-    others = jax.tree.map(lambda leaf: np.average(leaf, 0, sizes), after["clients"])
+    sizes = federation.clients.sizes * [1.0, 0.0, 1.0]
+    others = jax.tree.map(lambda leaf: np.average(leaf, 0, sizes), after.client_models)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    jax.tree.map(close, after["carry"]["global"], others)
-    own = member(after["clients"], 1)
+    jax.tree.map(close, after.state.model, others)
+    own = member(after.client_models, 1)
     assert_same(own, received)
     stopped = make_federation(**settings | {"local_update.leave_out_diverged": False})
     stopped = dataclasses.replace(stopped, data=federation.data)
@@ -81,14 +84,14 @@ def test_nothing_that_is_not_finite_is_saved(make_federation, tmp_path, monkeypa
 
     def block(state, carry, index):
         carry, figures = stage.block(state, carry, index)
-        bias = carry["global"]["params"]["head"]["bias"]
+        bias = carry.model["params"]["head"]["bias"]
         if index == 1:
-            carry["global"]["params"]["head"]["bias"] = bias * jnp.nan
+            carry.model["params"]["head"]["bias"] = bias * jnp.nan
         return carry, figures
 
     broken = dataclasses.replace(stage, block=block)
     monkeypatch.setattr(methods, "stages", lambda name, federation: [broken])
-    with pytest.raises(UserError, match="global/params/head/bias is not finite after stage local"):
+    with pytest.raises(UserError, match="model/params/head/bias is not finite after stage local"):
         run(federation, tmp_path / "run")
     saved = tmp_path / "run/checkpoints/local_update"
     assert [path.name for path in saved.iterdir() if path.name.isdigit()] == ["1"]

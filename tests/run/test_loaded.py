@@ -29,7 +29,7 @@ def test_all_that_the_stages_left_is_there(whole):
     assert run.stages[-1] == "fine_tuning"
     assert set(run.state) == set(state)
     jax.tree.map(np.testing.assert_array_equal, run.state, state)
-    jax.tree.map(np.testing.assert_array_equal, run.student, state["global"])
+    jax.tree.map(np.testing.assert_array_equal, run.student, state["student"])
 
 
 def test_its_models_answer_as_the_record_says(whole):

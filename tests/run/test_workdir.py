@@ -35,4 +35,4 @@ def test_a_second_program_is_kept_out(federation, tmp_path):
 def test_a_damaged_config_of_a_run_is_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="is not a config"):
-        workdir.claim(tmp_path, Config())
+        workdir.create_or_check(tmp_path, Config())

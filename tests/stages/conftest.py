@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mosaic_jax import methods, parallel
-from mosaic_jax.stages import generator_optimization, meta_model
+from mosaic_jax.stages.client_generator import ClientGenerator, GeneratorClient, GeneratorInputs
+from mosaic_jax.stages.teacher import Teacher, teacher_logits
 from tests.helpers import member
 from tests.stages.unequal import CAPACITIES, KEY, LONG, SETTINGS, loss_weights, unequal
 
@@ -28,7 +29,7 @@ def states(federation):
             carry, figures = stage.block(state, carry, block)
             chex.assert_tree_all_finite(figures)
         state = stage.finish(state, carry)
-        chex.assert_tree_all_finite(jax.tree.map(lambda leaf: leaf, state))
+        chex.assert_tree_all_finite(state)
         after[stage.name] = state
     return after
 
@@ -44,8 +45,8 @@ def classify(federation):
 @pytest.fixture(scope="session")
 def teacher(federation, states):
     """Return compiled `images [48, ...] -> logits` of the teacher."""
-    state, compiled = states["meta_model"], jax.jit(meta_model.teacher_logits(federation))
-    return lambda images: compiled({"experts": state["experts"], "meta": state["meta"]}, images)
+    state, compiled = states["meta_model"], jax.jit(teacher_logits(federation))
+    return lambda images: compiled(Teacher(state["experts"], state["meta"]), images)
 
 
 @pytest.fixture(scope="module", params=["static", "rolling", "random"])
@@ -59,7 +60,7 @@ class Bench:
 
     def __init__(self, federation, models):
         self.federation, self.models = federation, models
-        self.generator = generator_optimization.ClientGenerator(federation)
+        self.generator = ClientGenerator(federation)
         self.start = jax.jit(self.generator.start)
         self.step = jax.jit(self.generator.step)
 
@@ -67,44 +68,45 @@ class Bench:
         """Return the bench of another federation with the same models of clients."""
         return Bench(federation, self.models)
 
-    def shared(self, **changes):
+    def inputs(self, **changes):
         """Return what all clients are given; `changes` replace entries."""
-        return {
-            "data": self.federation.data,
-            "key": KEY,
-            "learning_rate": jnp.float32(2e-3),
-            "adversary_learning_rate": jnp.float32(1e-3),
+        inputs = GeneratorInputs(
+            data=self.federation.data,
+            key=KEY,
+            learning_rate=jnp.float32(2e-3),
+            adversary_learning_rate=jnp.float32(1e-3),
             **loss_weights(),
-        } | changes
+        )
+        return inputs.replace(**changes)
 
     def client(self, i):
         """Return one client with its frozen model."""
-        return member(self.federation.clients.lists, i) | {"frozen": member(self.models, i)}
+        return GeneratorClient(member(self.models, i), member(self.federation.clients.lists, i))
 
     def scores(self, i, steps, **changes):
         """Return the adversary's score of generated images in every step."""
         client = parallel.put_replicated(self.federation.layout.mesh, self.client(i))
-        shared, scores = self.shared(**changes), []
-        carry = self.start(shared, client)
+        inputs, scores = self.inputs(**changes), []
+        carry = self.start(inputs, client)
         for number in range(steps):
-            carry, figures = self.step(shared, client, carry, jnp.int32(number))
+            carry, figures = self.step(inputs, client, carry, jnp.int32(number))
             scores.append(figures["fake_score"])
         return np.array(scores)
 
     def run(self, i, steps=1, *, client=None, **changes):
         """Return carries after 0, 1, ... steps, and the figures of the last step."""
         client = parallel.put_replicated(self.federation.layout.mesh, client or self.client(i))
-        shared = self.shared(**changes)
-        carries, figures = [self.start(shared, client)], None
+        inputs = self.inputs(**changes)
+        carries, figures = [self.start(inputs, client)], None
         for number in range(steps):
-            carry, figures = self.step(shared, client, carries[-1], jnp.int32(number))
+            carry, figures = self.step(inputs, client, carries[-1], jnp.int32(number))
             carries.append(carry)
         return carries, figures
 
 
 @pytest.fixture(scope="session")
 def bench(states):
-    return Bench(unequal(**SETTINGS, **LONG), states["model_aggregation"]["clients"])
+    return Bench(unequal(**SETTINGS, **LONG), states["model_aggregation"]["client_models"])
 
 
 @pytest.fixture(scope="session")

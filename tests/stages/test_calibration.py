@@ -7,17 +7,19 @@ import numpy as np
 from mosaic_jax import methods, rng
 from mosaic_jax.data.batches import epoch_batch, to_float
 from mosaic_jax.stages import calibration, cohort
+from mosaic_jax.stages.round import round_inputs
 from tests.helpers import assert_same, member, random_variables
 
 
 def test_calibrated_statistics_are_those_of_the_clients_batches_under_the_whole_model(narrow):
     """Weighted means and second moments, for each model by its own column of weights."""
-    models = [random_variables(narrow.shapes(narrow.model), seed) for seed in (1, 2)]
+    models = [random_variables(narrow.classifier.abstract_variables(), seed) for seed in (1, 2)]
     weights = np.array([[1.0, 0.2], [2.0, 0.5], [1.0, 0.3]])
     members = cohort.cohort_of(narrow, np.arange(3), weights)
-    shared = {"data": narrow.data, "key": narrow.key("calibration")}
+    key = narrow.key("calibration")
+    inputs = round_inputs(narrow, key, steps=1, learning_rate=0.1, index=0, first_round=0)
     others = jax.tree.map(lambda leaf: leaf[None], models[1])
-    first, rest = calibration.calibrator(narrow)(models[0], others, shared, members)
+    first, rest = calibration.calibrator(narrow)(models[0], others, inputs, members)
     found = jax.tree.map(lambda a, b: jnp.stack([a, b[0]]), first, rest)
     for number, model in enumerate(models):
         assert_same(member(found["params"], number), model["params"])
@@ -25,12 +27,15 @@ def test_calibrated_statistics_are_those_of_the_clients_batches_under_the_whole_
         shares, batches = weights[:, number] / weights[:, number].sum(), []
         for i in range(3):
             client = member(narrow.clients.lists, i)
-            key = rng.fold(shared["key"], i)
-            positions, mask = epoch_batch(client.index, client.size, step=0, key=key, batch_size=16)
+            positions, mask = epoch_batch(
+                client.index, client.size, step=0, key=rng.fold(key, i), batch_size=16
+            )
             real = np.asarray(positions)[np.asarray(mask) > 0]
             images = to_float(narrow.dataset.train_images[real])
             blank = {**model, "batch_stats": jax.tree.map(jnp.zeros_like, model["batch_stats"])}
-            _, updated = narrow.model.apply(blank, images, train=True, mutable=["batch_stats"])
+            _, updated = narrow.classifier.module.apply(
+                blank, images, train=True, mutable=["batch_stats"]
+            )
             batches.append(jax.tree.map(lambda x: 10 * np.asarray(x), updated["batch_stats"]))
         for norm, of in member(found["batch_stats"], number).items():
             means = np.stack([batch[norm]["mean"] for batch in batches])
@@ -53,9 +58,6 @@ def test_a_model_put_together_of_parts_classifies_with_calibrated_statistics(mak
     }
     federation = make_federation(**settings)
     stage = methods.stages("heterofl", federation)[0]
-    state = {"global": federation.initial_variables()}
-    carry = stage.start(state)
-    for index in range(stage.blocks):
-        carry, _ = stage.block(state, carry, index)
-    calibrated = stage.evaluate(stage.finish(state, carry))["test_accuracy"]
+    trained = stage.run({"global": federation.initial_variables()})
+    calibrated = stage.evaluate(trained)["test_accuracy"]
     assert calibrated > 0.4  # of ten classes

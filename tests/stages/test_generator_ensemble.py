@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mosaic_jax.stages import generator_ensemble, knowledge_distillation
+from mosaic_jax import rng
+from mosaic_jax.stages import generator_ensemble, image_sources
 from tests.helpers import assert_same, differ
 from tests.stages.unequal import KEY
 
@@ -41,9 +42,9 @@ def test_distillation_sees_each_generators_own_images_and_no_mixture(federation,
     kernel = params["colour"]["kernel"]
     params["colour"]["kernel"] = kernel + shades.reshape(3, 1, 1, 1, 1)
     constant = {"params": params, "batch_stats": generators["batch_stats"]}
-    student = knowledge_distillation.Student(federation)
-    inputs = {"source": {"generators": constant}, "key": KEY}
-    images = np.asarray(jax.jit(student.images)(inputs, 0)[0])
+    source = image_sources.GeneratedImages(federation)
+    prepared = source.prepare({"generators": constant}, KEY, 0)
+    images = np.asarray(jax.jit(source.sample)(prepared, rng.fold(KEY, 0), 0)[0])
     assert images.shape == (3 * 4, 16, 16, 1)
     expected = np.tanh(4 * np.asarray(shades))  # four channels, each times the shade
     for image in images:
@@ -66,7 +67,9 @@ def test_distillation_sees_each_generators_own_images_and_no_mixture(federation,
     ],
 )
 def test_a_batch_is_shared_out_by_the_clients_images_and_forgets_none(sizes, batch, expected):
-    np.testing.assert_array_equal(generator_ensemble.shares(np.array(sizes), batch), expected)
+    np.testing.assert_array_equal(
+        generator_ensemble.images_per_generator(np.array(sizes), batch), expected
+    )
 
 
 def test_the_class_prior_is_the_clients_shares_and_rules_no_class_out():

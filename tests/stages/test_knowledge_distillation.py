@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mosaic_jax.stages import generator_ensemble, knowledge_distillation, model_aggregation
+from mosaic_jax import rng
+from mosaic_jax.stages import generator_ensemble, image_sources, knowledge_distillation
+from mosaic_jax.stages.teacher import Teacher, expert_weights
 from tests.helpers import assert_same, differ
 from tests.stages.unequal import COUNTS, KEY, SETTINGS, unequal
 
@@ -86,7 +88,7 @@ def test_averaged_generators_are_one_and_their_clients_weigh_in(states):
     setting = {"knowledge_distillation.images": "averaged"}
     student = knowledge_distillation.Student(unequal(**SETTINGS, **setting))
     state, sizes = states["generator_optimization"], np.array([5, 33, 31])
-    found = student.source(state, KEY, 0)["generators"]
+    found = student.source.prepare(state, KEY, 0)["all"]
 
     def compare(of, leaf):
         expected = np.average(leaf, axis=0, weights=sizes)
@@ -100,10 +102,10 @@ def test_a_teacher_without_a_meta_model(states, kind):
     setting = {"knowledge_distillation.teacher": kind}
     federation = unequal(**SETTINGS, **setting)
     images = jax.random.uniform(KEY, (4, 16, 16, 1), minval=-1.0)
-    variables = {name: states["meta_model"][name] for name in ("experts", "meta")}
-    found = jax.jit(knowledge_distillation.Student(federation).teacher)(variables, images)
-    _, assignment = model_aggregation.expert_weights(federation.clients.class_counts)
-    experts = [jax.tree.map(operator.itemgetter(n), variables["experts"]) for n in assignment]
+    teacher = Teacher(states["meta_model"]["experts"], states["meta_model"]["meta"])
+    found = jax.jit(knowledge_distillation.Student(federation).teacher)(teacher, images)
+    _, assignment = expert_weights(federation.clients.class_counts)
+    experts = [jax.tree.map(operator.itemgetter(n), teacher.members) for n in assignment]
     # [experts, batch, classes]
     logits = np.stack(
         [federation.classifier.apply_eval(expert, images).logits for expert in experts]
@@ -120,23 +122,23 @@ def test_the_student_is_taught_with_the_prior_of_each_images_own_client(states):
         unequal(**SETTINGS, **{"knowledge_distillation.class_prior": chosen})
         for chosen in (False, True)
     )
-    assert not knowledge_distillation.class_prior(plain).any()
-    added = knowledge_distillation.class_prior(prior)
+    assert not image_sources.class_prior(plain).any()
+    added = image_sources.class_prior(prior)
     assert_same(added, generator_ensemble.log_class_prior(COUNTS))
-    generators = states["generator_optimization"]["generators"]
-    student = knowledge_distillation.Student(prior)
-    drawn = student.images({"source": {"generators": generators}, "key": KEY}, 0)
+    state, key = states["generator_optimization"], rng.fold(KEY, 0)
+    source = knowledge_distillation.Student(prior).source
+    drawn = source.sample(source.prepare(state, KEY, 0), key, 0)
     assert_same(drawn[1], added[np.repeat([0, 1, 2], [2, 5, 5])])
     real = {"knowledge_distillation.class_prior": True, "knowledge_distillation.images": "real"}
-    oracle = knowledge_distillation.Student(unequal(**SETTINGS, **real))
-    assert not oracle.images({"source": {"data": oracle.federation.data}, "key": KEY}, 0)[1].any()
+    oracle = knowledge_distillation.Student(unequal(**SETTINGS, **real)).source
+    assert not oracle.sample(oracle.prepare(state, KEY, 0), key, 0)[1].any()
     mean = {"knowledge_distillation.class_prior": True, "knowledge_distillation.images": "averaged"}
-    assert not knowledge_distillation.class_prior(unequal(**SETTINGS, **mean)).any()
+    assert not image_sources.class_prior(unequal(**SETTINGS, **mean)).any()
     students = []
     for federation in (plain, prior):
         stage, state = knowledge_distillation.stage(federation), states["meta_model"]
         carry, figures = stage.block(state, stage.start(state), 0)
-        students.append((carry["student"]["params"], figures["teacher_certainty"]))
+        students.append((carry.student["params"], figures["teacher_certainty"]))
     assert differ(students[0][0], students[1][0])
     assert students[1][1] > students[0][1]
 
@@ -144,7 +146,7 @@ def test_the_student_is_taught_with_the_prior_of_each_images_own_client(states):
 def test_the_student_starts_as_the_global_model_and_moves(federation, states):
     stage = knowledge_distillation.stage(federation)
     state = states["generator_optimization"]
-    assert_same(stage.start(state)["student"], state["global"])
+    assert_same(stage.start(state).student, state["global"])
     after = states["knowledge_distillation"]
     assert differ(after["student"]["params"], state["global"]["params"])
     assert_same(after["student"]["batch_stats"], state["global"]["batch_stats"])  # "frozen"

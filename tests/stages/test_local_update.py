@@ -6,6 +6,7 @@ import numpy as np
 
 from mosaic_jax import methods
 from mosaic_jax.stages.local_update import ClientUpdate
+from mosaic_jax.stages.round import round_inputs
 from tests.helpers import assert_close, differ, member
 from tests.stages.unequal import COUNTS, KEY, SETTINGS, unequal
 
@@ -17,7 +18,7 @@ def test_frozen_fine_tuning_trains_weights_and_leaves_the_statistics(states):
     for name, each in {"train": unequal(**SETTINGS), "frozen": frozen}.items():
         stage = methods.stages("mosaic", each)[-1]
         carry, figures = stage.block(before, stage.start(before), 0)
-        tuned[name] = stage.finish(before, carry)["global"]
+        tuned[name] = stage.finish(before, carry)["student"]
         assert np.isfinite(figures["loss"]).all()
         assert differ(tuned[name]["params"], before["student"]["params"])
     # Equal but for the rounding of their weighted mean.
@@ -33,8 +34,8 @@ def test_frozen_fine_tuning_trains_weights_and_leaves_the_statistics(states):
 
 def test_a_batch_is_no_larger_than_the_largest_client():
     wide = unequal(**{"local_update.batch_size": 500})
-    shared = {"data": wide.data, "key": KEY}
+    inputs = round_inputs(wide, KEY, steps=1, learning_rate=0.1, index=0, first_round=0)
     for i, size in enumerate(COUNTS.sum(axis=1)):
-        batch = ClientUpdate(wide, 1).batch(shared, member(wide.clients, i), 0)
+        batch = ClientUpdate(wide, 1).batch(inputs, member(wide.clients.lists, i), 0)
         assert len(batch.images) == len(batch.mask) == COUNTS.sum(axis=1).max()
         assert batch.mask.sum() == size

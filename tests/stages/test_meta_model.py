@@ -8,7 +8,12 @@ import pytest
 from mosaic_jax import parallel
 from mosaic_jax import settings as reader
 from mosaic_jax.data.batches import to_float
-from mosaic_jax.stages import meta_model, model_aggregation
+from mosaic_jax.federation import build_federation
+from mosaic_jax.parallel import Layout
+from mosaic_jax.stages import meta_model
+from mosaic_jax.stages import teacher as teachers
+from mosaic_jax.stages.prototypes import Prototypes
+from mosaic_jax.stages.teacher import Teacher, expert_weights
 from mosaic_jax.types import Dataset
 from tests.helpers import assert_close, assert_same, differ, member
 from tests.stages.unequal import COUNTS
@@ -34,7 +39,7 @@ def toy_federation(**overrides):
         "meta_model.dropout": 0.0,
     }
     chosen = reader.from_config_dict(reader.make("", settings | overrides, {}).to_dict())
-    return build_federation(chosen, dataset, parallel.make_mesh(1))
+    return build_federation(chosen, dataset, Layout(parallel.make_mesh(1)))
 
 
 def toy_state(right, number, seed):
@@ -46,34 +51,38 @@ def toy_state(right, number, seed):
     features = np.moveaxis(5 * np.eye(CLASSES)[guesses], 0, -2)  # [1, C, number, experts, d]
     features = features.reshape(1, -1, *features.shape[3:])
     head = {"kernel": np.tile(np.eye(CLASSES), (CLASSES, 1, 1)), "bias": np.zeros((CLASSES,) * 2)}
-    tree = {
-        "experts": {"params": {"head": head}},
-        "prototypes": {"features": features, "valid": np.ones(features.shape[:2])},
+    experts = {"params": {"head": head}}
+    return {
+        "experts": jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), experts),
+        "prototypes": Prototypes(
+            features=jnp.asarray(features, jnp.float32),
+            labels=jnp.repeat(jnp.arange(CLASSES), number)[None],
+            valid=jnp.ones(features.shape[:2], jnp.float32),
+        ),
     }
-    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
-    state["prototypes"]["labels"] = jnp.repeat(jnp.arange(CLASSES), number)[None]
-    return state
+
+
+def examples_of(state):
+    return meta_model.training_set(state["experts"], state["prototypes"])
 
 
 def train_meta(federation, state):
-    stage = meta_model.stage(federation)
-    carry, _ = stage.block(state, stage.start(state), 0)
-    return stage.finish(state, carry)["meta"]
+    return meta_model.stage(federation).run(state)["meta"]
 
 
 def toy_accuracy(federation, right):
     meta = train_meta(federation, toy_state(right, 60, seed=0))
-    unseen = meta_model.training_set(toy_state(right, 60, seed=1))
-    _, assignment = model_aggregation.expert_weights(federation.clients.class_counts)
-    model = meta_model.build(federation)
-    logits = model.apply(meta, unseen["logits"][:, assignment])
-    return (logits.argmax(-1) == unseen["labels"]).mean()
+    unseen = examples_of(toy_state(right, 60, seed=1))
+    _, assignment = expert_weights(federation.clients.class_counts)
+    model = teachers.build_meta_model(federation)
+    logits = model.apply(meta, unseen.logits[:, assignment])
+    return (logits.argmax(-1) == unseen.labels).mean()
 
 
 def test_with_expert_embeddings_the_meta_model_finds_the_expert_to_trust():
     """Without them it cannot know which expert said what (oddity 16), and ends below 0.85."""
     federation = toy_federation(**{"meta_model.steps": 150, "meta_model.expert_embedding": True})
-    rows, _ = model_aggregation.expert_weights(federation.clients.class_counts)
+    rows, _ = expert_weights(federation.clients.class_counts)
     assert len(rows) == CLASSES
     assert toy_accuracy(federation, right=2) > 0.97
 
@@ -95,32 +104,32 @@ def test_the_teacher_is_the_average_of_the_meta_models_weights_without_its_start
 
 
 def test_only_valid_prototypes_train_the_meta_model(states):
-    examples = meta_model.training_set(states["prototypes"])
-    valid = np.asarray(states["prototypes"]["prototypes"]["valid"])
-    chosen = np.asarray(examples["index"])[: int(examples["size"])]
+    examples = examples_of(states["prototypes"])
+    valid = np.asarray(states["prototypes"]["prototypes"].valid)
+    chosen = np.asarray(examples.index)[: int(examples.size)]
     assert len(chosen) == valid.sum()
     assert set(chosen) == set(np.flatnonzero(valid.reshape(-1)))
-    labels = np.asarray(examples["labels"])[chosen]
-    truth = np.asarray(states["prototypes"]["prototypes"]["labels"])[valid > 0]
+    labels = np.asarray(examples.labels)[chosen]
+    truth = np.asarray(states["prototypes"]["prototypes"].labels)[valid > 0]
     assert_same(np.bincount(labels, minlength=10), np.bincount(truth, minlength=10))
 
 
 def test_logits_of_prototypes_are_those_of_the_experts_heads(states):
     state = states["prototypes"]
-    examples = meta_model.training_set(state)
-    features = np.asarray(state["prototypes"]["features"])  # [clients, slots, experts, d]
+    examples = examples_of(state)
+    features = np.asarray(state["prototypes"].features)  # [clients, slots, experts, d]
     head = jax.tree.map(np.asarray, state["experts"]["params"]["head"])
     number = np.ravel_multi_index((1, 2), features.shape[:2])
     for e in range(6):
         expected = features[1, 2, e] @ head["kernel"][e] + head["bias"][e]
-        np.testing.assert_allclose(examples["logits"][number, e], expected, atol=1e-4)
+        np.testing.assert_allclose(examples.logits[number, e], expected, atol=1e-4)
 
 
 def test_the_teacher_fuses_a_few_images_at_a_time_alike(federation, states, teacher, monkeypatch):
     images = to_float(federation.dataset.train_images[:48])
-    monkeypatch.setattr(meta_model, "ATTENTION_BYTES", 4 * 10**3 * 7)  # seven at a time
-    state, few = states["meta_model"], jax.jit(meta_model.teacher_logits(federation))
-    answers = few({"experts": state["experts"], "meta": state["meta"]}, images)
+    monkeypatch.setattr(teachers, "ATTENTION_BYTES", 4 * 10**3 * 7)  # seven at a time
+    state, few = states["meta_model"], jax.jit(teachers.teacher_logits(federation))
+    answers = few(Teacher(state["experts"], state["meta"]), images)
     np.testing.assert_allclose(answers, teacher(images), rtol=1e-4, atol=1e-4)
 
 
@@ -130,7 +139,7 @@ def tokens(federation, states, classify):
     images = to_float(federation.dataset.train_images[:48])
     experts, (_, assignment) = (
         states["meta_model"]["experts"],
-        model_aggregation.expert_weights(COUNTS),
+        expert_weights(COUNTS),
     )
     each = [classify(member(experts, assignment[label]), images) for label in range(10)]
     return images, jnp.stack(each, axis=1)
@@ -138,12 +147,14 @@ def tokens(federation, states, classify):
 
 def test_the_plain_ensemble_is_the_mean_of_every_class_experts_logits(federation, states, tokens):
     images, each = tokens
-    ensemble = jax.jit(meta_model.uniform_logits(federation))
-    answers = ensemble({"experts": states["meta_model"]["experts"]}, images)
+    ensemble = jax.jit(teachers.uniform_logits(federation))
+    answers = ensemble(Teacher(states["meta_model"]["experts"]), images)
     np.testing.assert_allclose(answers, np.mean(each, axis=1), atol=1e-4)
 
 
 def test_the_teacher_reads_every_class_expert(federation, states, tokens, teacher):
     images, each = tokens
-    expected = jax.jit(meta_model.build(federation).apply)(states["meta_model"]["meta"], each)
+    expected = jax.jit(teachers.build_meta_model(federation).apply)(
+        states["meta_model"]["meta"], each
+    )
     np.testing.assert_allclose(teacher(images), expected, atol=1e-4)

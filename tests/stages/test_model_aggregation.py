@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mosaic_jax.data.batches import to_float
-from mosaic_jax.stages import model_aggregation
-from mosaic_jax.stages.local_update import ClientUpdate
+from mosaic_jax.stages.local_update import ClientUpdate, RoundInputs
+from mosaic_jax.stages.teacher import averages_parameters, expert_weights, member_logits, mixture
 from tests.helpers import assert_close, assert_same, differ, member
 from tests.stages.unequal import CAPACITIES, COUNTS, unequal
 
@@ -16,15 +16,16 @@ from tests.stages.unequal import CAPACITIES, COUNTS, unequal
 def trained(federation, states):
     """Every client's model of the aggregation round, each trained alone."""
     settings = federation.config.model_aggregation
-    shared = {
-        "variables": states["local_update"]["global"],
-        "data": federation.data,
-        "learning_rate": settings.learning_rate,
-        "key": federation.key("model_aggregation"),
-        "first_step": 0,
-    }
+    inputs = RoundInputs(
+        data=federation.data,
+        key=federation.key("model_aggregation"),
+        learning_rate=settings.learning_rate,
+        first_step=0,
+        round_index=federation.config.local_update.rounds,
+        variables=states["local_update"]["global"],
+    )
     update = jax.jit(ClientUpdate(federation, settings.steps))
-    return [update(shared, member(federation.clients.lists, i))[0] for i in range(3)]
+    return [update(inputs, member(federation.clients.lists, i))[0] for i in range(3)]
 
 
 def weighted(models, weights):
@@ -46,7 +47,7 @@ def test_fedavg_is_the_mean_of_the_clients_by_number_of_images(trained, states):
 
 
 def test_experts_are_the_clients_weighted_by_their_images_of_the_class(trained, states):
-    _, assignment = model_aggregation.expert_weights(COUNTS)
+    _, assignment = expert_weights(COUNTS)
     experts = states["model_aggregation"]["experts"]
     for label in range(9):
         expected = weighted(trained, COUNTS[:, label])
@@ -56,19 +57,21 @@ def test_experts_are_the_clients_weighted_by_their_images_of_the_class(trained, 
 
 
 def test_the_expert_of_a_class_with_one_holder_is_exactly_its_model(states):
-    _, assignment = model_aggregation.expert_weights(COUNTS)
+    _, assignment = expert_weights(COUNTS)
     state = states["model_aggregation"]
     for label, holder in ((1, 1), (3, 1), (8, 1), (6, 2), (7, 2)):
-        assert_same(member(state["experts"], assignment[label]), member(state["clients"], holder))
+        assert_same(
+            member(state["experts"], assignment[label]), member(state["client_models"], holder)
+        )
 
 
 def test_the_models_kept_are_those_the_clients_trained(trained, states):
     for i, model in enumerate(trained):
-        assert_close(member(states["model_aggregation"]["clients"], i), model, atol=1e-5)
+        assert_close(member(states["model_aggregation"]["client_models"], i), model, atol=1e-5)
 
 
 def test_weights_of_experts_are_shares_of_the_class():
-    rows, assignment = model_aggregation.expert_weights(COUNTS)
+    rows, assignment = expert_weights(COUNTS)
     np.testing.assert_allclose(rows.sum(1), 1, rtol=1e-6)
     np.testing.assert_allclose(rows[assignment[0]], [5 / 8, 0, 3 / 8])
     np.testing.assert_allclose(rows[assignment[2]], [0, 7 / 13, 6 / 13], rtol=1e-6)
@@ -88,14 +91,14 @@ def undeduplicated(counts):
 def test_equal_experts_are_kept_once_and_gathered_bit_for_bit(seed):
     generator = np.random.default_rng(seed)
     counts = generator.integers(0, 4, (6, 40)) * (generator.random((6, 40)) < 0.3)
-    rows, assignment = model_aggregation.expert_weights(counts)
+    rows, assignment = expert_weights(counts)
     assert len(rows) == len({row.tobytes() for row in rows}) < 40
     assert rows[assignment].tobytes() == undeduplicated(counts).tobytes()
     assert set(assignment) == set(range(len(rows)))
 
 
 def test_one_holder_for_each_class_leaves_as_many_experts_as_holders():
-    rows, assignment = model_aggregation.expert_weights(COUNTS)
+    rows, assignment = expert_weights(COUNTS)
     assert len(rows) == 6  # 0, {1, 3, 4, 8}, 2, 5, {6, 7}, 9
     assert assignment[1] == assignment[3] == assignment[4] == assignment[8]
     assert assignment[6] == assignment[7]
@@ -103,8 +106,8 @@ def test_one_holder_for_each_class_leaves_as_many_experts_as_holders():
 
 @pytest.mark.parametrize("factor", [2, 7, 1000])
 def test_scaling_all_counts_changes_no_weight(factor):
-    rows, assignment = model_aggregation.expert_weights(COUNTS)
-    scaled_rows, scaled_assignment = model_aggregation.expert_weights(COUNTS * factor)
+    rows, assignment = expert_weights(COUNTS)
+    scaled_rows, scaled_assignment = expert_weights(COUNTS * factor)
     assert rows.tobytes() == scaled_rows.tobytes()
     assert_same(assignment, scaled_assignment)
 
@@ -112,7 +115,7 @@ def test_scaling_all_counts_changes_no_weight(factor):
 def test_experts_by_logits_are_means_of_the_clients_by_their_images_of_the_class():
     by_logits = unequal(**{"model_aggregation.expert_mode": "logits"})
     logits = np.random.default_rng(5).standard_normal((4, 3, 10), np.float32)  # of three clients
-    experts = model_aggregation.mixture(by_logits)(jnp.asarray(logits))
+    experts = mixture(by_logits)(jnp.asarray(logits))
     held = COUNTS.sum(axis=0) > 0
     weights = np.where(held, COUNTS, COUNTS.sum(axis=1, keepdims=True))
     expected = np.einsum("nc,bnk->bck", weights / weights.sum(axis=0), logits)
@@ -125,10 +128,8 @@ def test_a_class_with_one_holder_has_the_same_expert_by_parameters_and_by_logits
     by_logits = unequal(**{"model_aggregation.expert_mode": "logits"})
     images = to_float(federation.dataset.test_images[:4])
     each = [
-        model_aggregation.mixture(one)(
-            jax.jit(model_aggregation.member_logits(one))(states["model_aggregation"][of], images)
-        )
-        for one, of in ((federation, "experts"), (by_logits, "clients"))
+        mixture(one)(jax.jit(member_logits(one))(states["model_aggregation"][of], images))
+        for one, of in ((federation, "experts"), (by_logits, "client_models"))
     ]
     alone = (COUNTS > 0).sum(axis=0) == 1
     assert alone.any()
@@ -140,6 +141,6 @@ def test_a_class_with_one_holder_has_the_same_expert_by_parameters_and_by_logits
 def test_experts_average_logits_where_there_are_sub_models(make_federation, mode):
     setting = {"model_aggregation.expert_mode": mode}
     narrow = make_federation(**{"submodel.capacities": CAPACITIES} | setting)
-    assert model_aggregation.averages_parameters(narrow) == (mode == "parameters")
+    assert averages_parameters(narrow) == (mode == "parameters")
     whole = make_federation(**setting)
-    assert model_aggregation.averages_parameters(whole) == (mode != "logits")
+    assert averages_parameters(whole) == (mode != "logits")

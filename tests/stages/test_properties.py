@@ -1,6 +1,5 @@
 """Properties of averages, cohorts and experts that hold for whatever is drawn."""
 
-import dataclasses
 import functools
 
 import jax
@@ -11,10 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mosaic_jax import parallel
-from mosaic_jax.federation import Group
+from mosaic_jax.federation import Clients, Federation, Group
+from mosaic_jax.parallel import Layout
 from mosaic_jax.stages.cohort import cohort_of
-from mosaic_jax.stages.round import averaged
+from mosaic_jax.stages.round import Uplink, averaged
 from mosaic_jax.stages.teacher import expert_weights
+from tests.helpers import member
 from tests.properties import DRAWN
 
 MESH = parallel.make_mesh(1)
@@ -25,11 +26,11 @@ def average(models, held, weights, lanes):
     """As the server takes it: a weighted sum over clients, then by the weight of the holders."""
 
     def client(shared, one):
-        return {"model": one["model"] * one["held"], "held": one["held"]}, ()
+        return Uplink(one.held, one.model * one.held), ()
 
     reduce = parallel.reduce_clients(client, MESH, lanes)
-    sums, _ = reduce({}, {"model": models, "held": held}, weights[:, None])
-    return averaged(jax.tree.map(lambda leaf: leaf[0], sums), jnp.full(models.shape[1:], 7.0))
+    sums, _ = reduce({}, Uplink(held, models), weights[:, None])
+    return averaged(member(sums, 0), jnp.full(models.shape[1:], 7.0))
 
 
 @DRAWN
@@ -56,19 +57,12 @@ def test_an_average_cares_for_no_order_scale_or_padding(data, clients, lanes):
     np.testing.assert_allclose(average(models, held, weights * 4, lanes), found, **close)
 
 
-@dataclasses.dataclass
-class Clients:
-    """What `cohort_of` asks of a federation."""
-
-    groups: list[Group]
-    clients: tuple[()] = ()
-
-    @property
-    def num_clients(self):
-        return sum(len(group.members) for group in self.groups)
-
-    def place(self, tree):
-        return tree
+def grouped(shares):
+    """A federation of clients of these capacities that has no model, data or settings."""
+    indices, counts = [np.arange(1)] * len(shares), np.ones((len(shares), 1), int)
+    groups = [Group(share, None, np.flatnonzero(shares == share)) for share in np.unique(shares)]
+    clients = Clients(indices, counts, (), np.arange(0), indices)
+    return Federation(None, None, Layout(MESH), None, groups, clients, None)
 
 
 @DRAWN
@@ -77,16 +71,16 @@ def test_a_cohort_holds_those_who_take_part_once_and_weighs_no_others(data, clie
     shares = np.array(
         data.draw(st.lists(st.sampled_from([1.0, 0.5, 0.25]), min_size=clients, max_size=clients))
     )
-    groups = [Group(share, None, np.flatnonzero(shares == share)) for share in np.unique(shares)]
     chosen = np.array(sorted(data.draw(st.sets(st.integers(0, clients - 1), min_size=1))))
     weights = np.arange(1.0, clients + 1)[:, None]
-    cohort = cohort_of(Clients(groups), chosen, weights)
-    ids, rows = np.concatenate(cohort["ids"]), np.concatenate(cohort["weights"])
-    np.testing.assert_array_equal(ids[cohort["slots"]], chosen)
+    cohort = cohort_of(grouped(shares), chosen, weights)
+    ids, rows = np.concatenate(cohort.group_ids), np.concatenate(cohort.group_weights)
+    np.testing.assert_array_equal(cohort.client_ids, chosen)
+    np.testing.assert_array_equal(ids[cohort.slots], chosen)
     np.testing.assert_allclose(
-        rows[cohort["slots"], 0], weights[chosen, 0] / weights[chosen].sum(), rtol=1e-6
+        rows[cohort.slots, 0], weights[chosen, 0] / weights[chosen].sum(), rtol=1e-6
     )
-    assert (np.delete(rows, cohort["slots"]) == 0).all()
+    assert (np.delete(rows, cohort.slots) == 0).all()
 
 
 @DRAWN

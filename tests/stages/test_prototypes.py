@@ -101,8 +101,8 @@ def test_identical_points_give_finite_centres():
 
 
 def test_prototypes_are_valid_for_the_classes_a_client_holds_and_no_others(states):
-    valid = np.asarray(states["prototypes"]["prototypes"]["valid"])
-    labels = np.asarray(states["prototypes"]["prototypes"]["labels"])
+    valid = np.asarray(states["prototypes"]["prototypes"].valid)
+    labels = np.asarray(states["prototypes"]["prototypes"].labels)
     k = 3
     used = np.minimum(COUNTS, 12)
     found = np.stack(
@@ -117,9 +117,9 @@ def test_prototypes_are_valid_for_the_classes_a_client_holds_and_no_others(state
 
 def test_prototypes_are_means_of_each_experts_own_features(federation, states):
     """For every expert, the prototypes are its own features' means over one and the same split."""
-    found = np.asarray(states["prototypes"]["prototypes"]["features"])
-    valid = np.asarray(states["prototypes"]["prototypes"]["valid"])
-    of_class = np.asarray(states["prototypes"]["prototypes"]["labels"])
+    found = np.asarray(states["prototypes"]["prototypes"].features)
+    valid = np.asarray(states["prototypes"]["prototypes"].valid)
+    of_class = np.asarray(states["prototypes"]["prototypes"].labels)
     experts = states["prototypes"]["experts"]
     features = jax.jit(
         jax.vmap(
@@ -174,4 +174,4 @@ def test_prototypes_of_narrow_clients_are_those_of_whole_ones(make_federation):
         state = {"global": variables, "experts": several}
         found.append(prototypes.stage(federation).block(state, None, 0)[0])
     jax.tree.map(np.testing.assert_array_equal, *found)
-    assert np.asarray(found[0]["features"]).any()
+    assert np.asarray(found[0].features).any()

@@ -1,8 +1,10 @@
-"""All stages together: what they compile."""
+"""All stages together: what they compile, and that they run by themselves."""
 
 import jax
 
 from mosaic_jax import methods
+from mosaic_jax.stages.stage import Stage
+from tests.helpers import assert_same
 from tests.stages.unequal import SETTINGS, unequal
 
 
@@ -46,3 +48,27 @@ def test_other_learning_rates_and_loss_weights_run_the_same_compiled_programs(st
     finally:
         jax.monitoring.unregister_event_listener(listen)
     assert missed == []
+
+
+def test_a_stage_run_whole_leaves_what_its_blocks_leave(federation, states):
+    """`states` are of start, blocks and finish, called one by one."""
+    before, names = states["start"], []
+    for stage in methods.stages("mosaic", federation):
+        after = stage.run(before)
+        assert after.keys() == states[stage.name].keys()
+        assert_same(after, states[stage.name])
+        before, names = states[stage.name], [*names, stage.name]
+    assert ["start", *names] == list(states)
+
+
+def test_a_stage_of_ones_own_runs_its_blocks_in_order():
+    stage = Stage(
+        name="count",
+        blocks=3,
+        start=lambda state: [state["first"]],
+        block=lambda state, carry, index: ([*carry, state["step"] * index], {"figure": index}),
+        finish=lambda state, carry: state | {"counted": carry},
+    )
+    state = {"first": 7, "step": 10}
+    assert stage.run(state) == {"first": 7, "step": 10, "counted": [7, 0, 10, 20]}
+    assert state == {"first": 7, "step": 10}

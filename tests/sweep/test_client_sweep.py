@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from mosaic_jax.sweep import __main__ as client_sweep
-from mosaic_jax.sweep import table
 from mosaic_jax.sweep.engine import Job
-from mosaic_jax.sweep.table import Cell
+from mosaic_jax.sweep.table import HEAD, Cell
 from tests.helpers import CACHE, ROOT
 
 TINY = (
@@ -27,7 +26,7 @@ TINY = (
 
 def sweep(root: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "mosaic_jax.sweep.__main__", *TINY, "--root", root, *arguments],
+        [sys.executable, "-m", "mosaic_jax.sweep", *TINY, "--root", root, *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -63,7 +62,7 @@ def test_a_sweep_is_stopped_resumed_and_survives_a_cell_that_fails(tmp_path):
     assert lines.read_text().startswith(done)
     assert [json.loads(line)["block"] for line in lines.open()] == list(range(1, 61))
     head, first, second = table(output)
-    assert head == list(sweep_table.HEAD)
+    assert head == list(HEAD)
     summary = json.loads((good.workdir / "summary.json").read_text())["local_update"]
     assert first[:5] == ["fedavg", "0.5", "2", "1", f"{100 * summary['test_accuracy']:.1f}"]
     assert second == ["fedavg", "0.5", "200", "0", *"-----"]
@@ -102,7 +101,7 @@ def test_cells_are_commands_with_the_settings_of_their_method():
     jobs = {cell: client_sweep.job(chosen, cell) for cell in cells}
     assert len({job.workdir for job in jobs.values()}) == 8
     command = jobs[Cell("mosaic", 0.1, 20, 4)].command
-    assert command[1:4] == ("-m", "mosaic_jax.main", "--config=configs/digits.py:small")
+    assert command[1:4] == ("-m", "mosaic_jax.main", "--config=digits:small")
     assert set(command[4:]) == {
         *("--config.fine_tuning.rounds=2", "--config.model.name=cnn", "--config.method=mosaic"),
         *("--config.seed=4", "--config.partition.clients=20", "--config.partition.alpha=0.1"),

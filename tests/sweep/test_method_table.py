@@ -4,8 +4,9 @@ import argparse
 import csv
 
 import pytest
-from experiments.accuracy import branches
 
+from mosaic_jax import table as method_table
+from mosaic_jax.sweep import launch
 from tests.helpers import tiny_config
 
 
@@ -23,7 +24,7 @@ def table_arguments(root, **changes):
 @pytest.mark.parametrize("budget", ["whole", "narrow"])
 def test_every_cell_of_the_method_table_has_as_many_local_steps(budget):
     for method in ("fedavg", "mosaic", "dfrd"):
-        chosen = method_table.config(
+        chosen = method_table.cell_config(
             tiny_config, (method, "severe", budget, 1), {"data.flip": True}
         )
         local, extra = chosen.local_update, 0
@@ -53,13 +54,14 @@ def test_the_method_table_shows_what_has_ended(tmp_path, monkeypatch):
     }
     for cell in ended:
         method_table.folder(tmp_path, cell).mkdir()
-        (method_table.folder(tmp_path, cell) / "summary.json").write_text("{}")
+        for name in ("config.json", "summary.json"):
+            (method_table.folder(tmp_path, cell) / name).write_text("{}")
 
-    def rows(path):
-        cell = next(cell for cell in ended if method_table.folder(tmp_path, cell) == path)
+    def rows(run):
+        cell = next(cell for cell in ended if method_table.folder(tmp_path, cell) == run.workdir)
         return [("global model (FedAvg)", 0.1, 0, None), (labels[cell[0]], ended[cell], 0, None)]
 
-    monkeypatch.setattr(branches, "result_rows", rows)
+    monkeypatch.setattr(launch, "result_rows", rows)
     head, fedavg, fedrolex, mosaic = (
         method_table.write(arguments).splitlines()[0:1]
         + (method_table.write(arguments).splitlines()[2:])

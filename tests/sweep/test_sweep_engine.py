@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mosaic_jax.run import workdir
+from mosaic_jax.sweep import engine as sweep_engine
 from mosaic_jax.sweep.engine import Job, Local
 from mosaic_jax.types import UserError
 
@@ -18,7 +19,7 @@ def shell(root: Path, name: str, script: str) -> Job:
 
 
 def run(jobs: list[Job], at_once: int = 2, retries: int = 2) -> dict[str, int]:
-    statuses = sweep_engine.run(jobs, Local(at_once), at_once, retries)
+    statuses = sweep_engine.run_jobs(jobs, Local(at_once), at_once, retries)
     return {job.name: status for job, status in statuses.items()}
 
 
@@ -59,9 +60,9 @@ def test_a_job_that_its_engine_cannot_start_does_not_take_the_others_along(tmp_p
 def test_a_directory_in_use_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_engine, "PAUSE", 0.01)
     with (
-        workdir.in_use(tmp_path),
+        workdir.lock(tmp_path),
         pytest.raises(UserError) as refusal,
-        workdir.in_use(tmp_path),
+        workdir.lock(tmp_path),
     ):
         pass
     script = (
@@ -98,8 +99,8 @@ def test_only_this_very_command_has_ended(tmp_path):
 
 
 def test_jobs_at_a_time_share_the_cores(tmp_path):
-    assert sweep_engine.shares([0, 1, 2, 3, 4], 2) == [{0, 1}, {2, 3}]
-    assert sweep_engine.shares([3, 5], 3) == [{3}, {5}, {3}]
+    assert sweep_engine.core_shares([0, 1, 2, 3, 4], 2) == [{0, 1}, {2, 3}]
+    assert sweep_engine.core_shares([3, 5], 3) == [{3}, {5}, {3}]
     jobs = [shell(tmp_path, f"job{i}", "nproc; sleep 0.3") for i in range(2)]
     mine = os.sched_getaffinity(0)
     run(jobs)
@@ -112,7 +113,7 @@ def test_jobs_through_submitit(tmp_path):
     pytest.importorskip("submitit", reason="needs the extra slurm")
     engine = sweep_engine.Submitit("local", tmp_path, {"timeout_min": 2, "partition": "any"})
     jobs = [shell(tmp_path, "good", "echo well"), shell(tmp_path, "bad", "echo ill; exit 3")]
-    found = sweep_engine.run(jobs, engine, 2, retries=1)
+    found = sweep_engine.run_jobs(jobs, engine, 2, retries=1)
     assert list(map(found.get, jobs)) == [0, 3]
     assert [job.record()["starts"] for job in jobs] == [1, 2]
     assert [job.last_line() for job in jobs] == ["well", "ill"]

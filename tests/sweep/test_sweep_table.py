@@ -1,6 +1,9 @@
 """The table and the figure of a sweep."""
 
+from pathlib import Path
+
 from mosaic_jax.run import record
+from mosaic_jax.sweep import table as sweep_table
 from mosaic_jax.sweep.table import Cell, Measured
 
 

@@ -5,8 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 
-from mosaic_jax import parallel
-
 TOLERANCE = 1e-4
 MOVED = 1e-3
 """Of trained weights."""
@@ -35,9 +33,7 @@ def noisy(federation):
     """
     images = federation.data.images
     noise = np.random.default_rng(2).integers(0, 256, images.shape, np.uint8)
-    data = parallel.put_replicated(
-        federation.layout.mesh, dict(federation.data) | {"images": noise}
-    )
+    data = federation.layout.put_replicated(federation.data.replace(images=noise))
     return dataclasses.replace(federation, data=data)
 
 

@@ -1,10 +1,10 @@
 """Comparisons of the PyTorch baseline with this package: same weights, batches and noise.
 
-Each test gives one stage of `mosaic_jax` and its counterpart in `experiments.speed.pytorch_baseline` the
-same weights, images and noise. The deviation of a loss or gradient is the largest difference in a
-tensor over its largest entry; that of trained weights is the sum of all differences over the sum of
-all ways the training took them. (A ReLU's input that is zero but for rounding, or a gradient that
-Adam makes a whole step of, moves single weights.)
+Each test gives one stage of `mosaic_jax` and its counterpart in
+`experiments.speed.pytorch_baseline` the same weights, images and noise. The deviation of a loss or
+gradient is the largest difference in a tensor over its largest entry; that of trained weights is
+the sum of all differences over the sum of all ways the training took them. (A ReLU's input that is
+zero but for rounding, or a gradient that Adam makes a whole step of, moves single weights.)
 """
 
 import jax
@@ -14,10 +14,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the PyTorch baseline needs the extra `torch`")
 
-from experiments.speed.pytorch_baseline import models, weights  # noqa: E402
-
+from experiments.speed.pytorch_baseline import classifiers, weights  # noqa: E402
 from mosaic_jax import rng  # noqa: E402
 from mosaic_jax.data.batches import epoch_batch, to_float  # noqa: E402
+from mosaic_jax.stages.local_update import RoundInputs  # noqa: E402
 from tests.experiments.pytorch.deviations import DEVIATIONS, MOVED  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def to_torch(images):
 
 def classifier(federation, variables=None):
     settings, dataset = federation.config.model, federation.dataset
-    model = models.build_classifier(
+    model = classifiers.build_classifier(
         settings.name, dataset.num_classes, settings.width, dataset.mean, dataset.std
     )
     return model if variables is None else weights.load(model, variables)
@@ -60,10 +60,10 @@ def classifier(federation, variables=None):
 
 def client_batches(federation, client, key, steps):
     """The batches `ClientUpdate` makes of one client, without the masked examples."""
-    key = rng.fold(key, client["id"])
+    key, size = rng.fold(key, client.id), federation.config.local_update.batch_size
     for number in range(steps):
         positions, mask = epoch_batch(
-            client, number, key, federation.config.local_update.batch_size
+            client.index, client.size, step=number, key=key, batch_size=size
         )
         positions = np.asarray(positions)[np.asarray(mask) > 0]
         images = to_float(federation.data.gather(positions))
@@ -72,13 +72,13 @@ def client_batches(federation, client, key, steps):
 
 
 def round_inputs(federation, rate=0.05):
-    return {
-        "data": federation.data,
-        "learning_rate": jnp.float32(rate),
-        "key": federation.key("parity"),
-        "first_step": jnp.int32(0),
-        "round": jnp.int32(0),
-    }
+    return RoundInputs(
+        data=federation.data,
+        key=federation.key("parity"),
+        learning_rate=jnp.float32(rate),
+        first_step=jnp.int32(0),
+        round_index=jnp.int32(0),
+    )
 
 
 def adam_gradient(before, after, beta1):

@@ -10,15 +10,15 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the PyTorch baseline needs the extra `torch`")
 
+from experiments.speed.pytorch_baseline import classifiers, weights  # noqa: E402
 from experiments.speed.pytorch_baseline import data as torch_data  # noqa: E402
 from experiments.speed.pytorch_baseline import evaluation as torch_evaluation  # noqa: E402
 from experiments.speed.pytorch_baseline import local_update as torch_local  # noqa: E402
-from experiments.speed.pytorch_baseline import models, weights  # noqa: E402
-
 from mosaic_jax.data.batches import batches_per_epoch, epoch_batch, to_float  # noqa: E402
 from mosaic_jax.stages import cohort, model_aggregation, round  # noqa: E402
 from mosaic_jax.stages.evaluation import evaluator, predictor  # noqa: E402
 from mosaic_jax.stages.local_update import Batch, ClientUpdate  # noqa: E402
+from mosaic_jax.stages.teacher import expert_weights  # noqa: E402
 from tests.experiments.pytorch.deviations import SETTINGS, noisy, perturbed  # noqa: E402
 from tests.experiments.pytorch.parity import (  # noqa: E402
     CPU,
@@ -74,11 +74,11 @@ def test_local_steps(residual, record, request, batch_norm):
     federation, steps, rate = residual, 3, 0.05
     update = ClientUpdate(federation, steps, batch_norm)
     inputs, variables = round_inputs(federation, rate), perturbed(federation)
-    run = jax.jit(lambda client: update(inputs | {"variables": variables}, client))
+    run = jax.jit(lambda client: update(inputs.replace(variables=variables), client))
     gradient_of = jax.jit(jax.grad(lambda *args: update.loss(*args)[0]))
     for i in range(federation.num_clients):
         client = member(federation.clients.lists, i)
-        batches = list(client_batches(federation, client, inputs["key"], steps))
+        batches = list(client_batches(federation, client, inputs.key, steps))
         if i == 0:
             images, labels = batches[0]
             model = classifier(federation, variables).train(batch_norm == "train")
@@ -91,7 +91,7 @@ def test_local_steps(residual, record, request, batch_norm):
                     jnp.asarray(images.permute(0, 2, 3, 1).numpy()),
                     jnp.asarray(labels.numpy()),
                     jnp.ones(len(labels)),
-                    inputs["key"],
+                    inputs.key,
                 ),
                 inputs,
                 client,
@@ -117,14 +117,15 @@ def test_round(federation, record, request):
     run = round.round_function(federation, ClientUpdate(federation, steps))
     sizes = cohort.size_weights(federation)
     members = cohort.cohort_of(federation, np.arange(federation.num_clients), sizes)
-    expected = run({"global": federation.layout.copy_for_donation(variables)}, inputs, members)
+    state = round.RoundState(federation.layout.copy_for_donation(variables), own={})
+    expected = run(state, inputs, members)
     model = classifier(federation, variables)
     server = [tensor.clone() for tensor in torch_local.tensors(model)]
     mean, kept, metrics = torch_local.federated_round(
         model,
         server,
         [
-            client_batches(federation, member(federation.clients.lists, i), inputs["key"], steps)
+            client_batches(federation, member(federation.clients.lists, i), inputs.key, steps)
             for i in range(federation.num_clients)
         ],
         sizes[:, 0] / sizes.sum(),
@@ -132,8 +133,8 @@ def test_round(federation, record, request):
         0.05,
     )
     torch._foreach_copy_(torch_local.tensors(model), mean)
-    compare_moved(request, model, variables, expected["carry"]["global"])
-    record("loss", torch.stack([loss for loss, _ in metrics]), expected["metrics"]["loss"])
+    compare_moved(request, model, variables, expected.state.model)
+    record("loss", torch.stack([loss for loss, _ in metrics]), expected.metrics["loss"])
     assert kept == []
 
 
@@ -144,7 +145,7 @@ def test_vmapped_round_is_the_eager_one(federation):
     images = torch.randn(2, 3, 8, 1, 16, 16)
     labels = torch.randint(10, (2, 3, 8))
     stacked = torch_local.vmapped_round(
-        models.without_statistics(model),
+        classifiers.without_statistics(model),
         [parameter.detach().clone() for parameter in model.parameters()],
         zip(images, labels, strict=True),
         shares,
@@ -165,19 +166,17 @@ def test_class_experts(federation, record):
     model = classifier(federation)
     clients = []
     for i in range(federation.num_clients):
-        weights.load(model, member(formed["clients"], i))
+        weights.load(model, member(formed.client_models, i))
         clients.append([tensor.clone() for tensor in torch_local.tensors(model)])
     rows, assignment = torch_local.expert_weights(federation.clients.class_counts)
-    expected_rows, expected_assignment = model_aggregation.expert_weights(
-        federation.clients.class_counts
-    )
+    expected_rows, expected_assignment = expert_weights(federation.clients.class_counts)
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_array_equal(assignment, expected_assignment)
     experts = torch_local.class_experts(clients, torch.from_numpy(rows))
     assert len(experts) > 1
     for i, expert in enumerate(experts):
         torch._foreach_copy_(torch_local.tensors(model), expert)
-        compare(record, "weights", model, model.state_dict(), member(formed["experts"], i))
+        compare(record, "weights", model, model.state_dict(), member(formed.experts, i))
 
 
 @pytest.mark.parametrize("size", [3, 16, 17, 33, 1])
@@ -185,10 +184,10 @@ def test_epochs_have_our_batches(size):
     """As many batches as ours, of the same sizes, which hold every image once."""
     index, count = torch.arange(100, 100 + size), int(batches_per_epoch(size, 16))
     batches = list(itertools.islice(torch_data.epochs(index, 16), 2 * count))
-    client, key = {"index": np.arange(size), "size": size}, jax.random.key(0)
-    _, masks = jax.jit(
-        jax.vmap(lambda n: epoch_batch(client.index, client.size, step=n, key=key, batch_size=16))
-    )(jnp.arange(2 * count))
+    own, key = np.arange(size), jax.random.key(0)
+    _, masks = jax.jit(jax.vmap(lambda n: epoch_batch(own, size, step=n, key=key, batch_size=16)))(
+        jnp.arange(2 * count)
+    )
     assert [len(batch) for batch in batches] == masks.sum(1).astype(int).tolist()
     for epoch in (batches[:count], batches[count:]):
         seen = torch.cat(epoch)

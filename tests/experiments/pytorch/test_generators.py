@@ -9,11 +9,10 @@ torch = pytest.importorskip("torch", reason="the PyTorch baseline needs the extr
 
 from experiments.speed.pytorch_baseline import data as torch_data  # noqa: E402
 from experiments.speed.pytorch_baseline import generator_optimization as torch_generators  # noqa: E402
-from experiments.speed.pytorch_baseline import models, weights  # noqa: E402
-
+from experiments.speed.pytorch_baseline import generators, weights  # noqa: E402
 from mosaic_jax import rng  # noqa: E402
 from mosaic_jax.data.batches import to_float, uniform_batch  # noqa: E402
-from mosaic_jax.stages import client_generator, generator_optimization  # noqa: E402
+from mosaic_jax.stages import client_generator  # noqa: E402
 from tests.experiments.pytorch.deviations import perturbed  # noqa: E402
 from tests.experiments.pytorch.parity import (  # noqa: E402
     adam_gradient,
@@ -30,20 +29,20 @@ def generator_pair(federation, carry, frozen):
     """The baseline's client with the weights of a carry."""
     settings = federation.config.generator_optimization
     height, _, channels = federation.dataset.image_shape
-    generator = models.Generator(height, channels, settings.width, settings.latent).eval()
-    discriminator = models.Discriminator(height, channels, settings.adversary_width)
+    generator = generators.Generator(height, channels, settings.width, settings.latent).eval()
+    discriminator = generators.Discriminator(height, channels, settings.adversary_width)
     return torch_generators.ClientGenerator(
-        weights.load(generator, carry["generator"]),
-        weights.load(discriminator, carry["adversary"]),
+        weights.load(generator, carry.generator),
+        weights.load(discriminator, carry.adversary),
         classifier(federation, frozen),
         settings,
     )
 
 
-def step_draws(federation, shared, client, number):
+def step_draws(federation, inputs, client, number):
     """What `ClientGenerator.step` draws: noise, real images, corners and brightness."""
     settings = federation.config.generator_optimization
-    key = rng.fold(shared["key"], client["id"], number)
+    key = rng.fold(inputs.key, client.id, number)
     z = jax.random.normal(rng.fold(key, 3), (settings.batch_size, settings.latent))
     positions = uniform_batch(
         client.index, client.size, key=rng.fold(key, 4), batch_size=settings.batch_size
@@ -53,7 +52,7 @@ def step_draws(federation, shared, client, number):
     brightness = jax.random.uniform(rng.fold(key, 5, 1), (len(z), 1, 1, 1), minval=-1.0)
     return (
         torch.from_numpy(np.array(z)),
-        to_torch(to_float(federation.taken(shared["data"], positions))),
+        to_torch(to_float(inputs.data.gather(positions))),
         torch.from_numpy(np.array(corners)).long(),
         torch.from_numpy(np.array(brightness)),
     )
@@ -62,48 +61,52 @@ def step_draws(federation, shared, client, number):
 def test_generator_steps(federation, record, request):
     """Steps with (even numbers) and without the frozen losses, and the upload."""
     settings = federation.config.generator_optimization
-    client = generator_optimization.ClientGenerator(federation)
-    shared = {
-        "data": federation.data,
-        "key": federation.key("parity"),
-        "learning_rate": jnp.float32(settings.learning_rate),
-        "adversary_learning_rate": jnp.float32(settings.adversary_learning_rate),
-        "loss_weights": {
+    client = client_generator.ClientGenerator(federation)
+    inputs = client_generator.GeneratorInputs(
+        adversary_learning_rate=jnp.float32(settings.adversary_learning_rate),
+        data=federation.data,
+        key=federation.key("parity"),
+        learning_rate=jnp.float32(settings.learning_rate),
+        loss_weights={
             name: jnp.float32(getattr(settings, name)) for name in client_generator.LOSS_WEIGHTS
         },
-        "first_step": jnp.int32(0),
-    }
+        first_step=jnp.int32(0),
+    )
     frozen = perturbed(federation)
-    packed = member(federation.clients.lists, 1) | {"frozen": frozen}
-    start = carry = jax.jit(lambda: client.start(shared, packed))()
-    step = jax.jit(lambda carry, number: client.step(shared, packed, carry, number))
+    lists = member(federation.clients.lists, 1)
+    packed = client_generator.GeneratorClient(frozen, lists)
+    start = carry = jax.jit(lambda: client.start(inputs, packed))()
+    step = jax.jit(lambda carry, number: client.step(inputs, packed, carry, number))
     pair = generator_pair(federation, carry, frozen)
     for number in range(4):
         after, health = step(carry, number)
-        found = pair.step(*step_draws(federation, shared, packed, number))
+        found = pair.step(*step_draws(federation, inputs, lists, number))
         for name, value in found.items():
             record(f"{name}", value, health[name])
         for name, module, optimizer in (
             ("generator", pair.generator, "generator_optimizer"),
             ("adversary", pair.discriminator, "adversary_optimizer"),
         ):
-            expected = adam_gradient(carry[optimizer], after[optimizer], settings.beta1)
+            expected = adam_gradient(
+                getattr(carry, optimizer), getattr(after, optimizer), settings.beta1
+            )
             compare(record, f"{name}_gradient", module, gradients(module), {"params": expected})
         carry = after
-    untracked = {"params": carry["adversary"]["params"]}
-    compare_moved(request, pair.discriminator, {"params": start["adversary"]["params"]}, untracked)
+    untracked = {"params": carry.adversary["params"]}
+    compare_moved(request, pair.discriminator, {"params": start.adversary["params"]}, untracked)
     key = jax.random.key(5)
     noise = [
         jax.random.normal(rng.fold(key, i), (settings.batch_size, settings.latent))
-        for i in range(client_generator.SETTLING)
+        for i in range(client_generator.BN_BATCHES)
     ]
     upload = pair.upload(torch.from_numpy(np.array(noise)))
-    expected = client.upload(carry | {"settled": jax.jit(client.settle)(carry, key)})
-    compare_moved(request, upload, start["generator"], expected)
+    statistics = jax.jit(client.recompute_batch_stats)(carry, key)
+    expected = client.upload(carry.replace(ema_batch_stats=statistics))
+    compare_moved(request, upload, start.generator, expected)
 
 
 def test_the_crop_and_its_gradient(federation, record):
-    client = generator_optimization.ClientGenerator(federation)
+    client = client_generator.ClientGenerator(federation)
     settings, key = federation.config.generator_optimization, jax.random.key(8)
     images = to_float(federation.data.gather(np.arange(6)))
     above = jax.random.normal(key, images.shape)

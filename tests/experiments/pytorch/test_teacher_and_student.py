@@ -11,16 +11,19 @@ import pytest
 torch = pytest.importorskip("torch", reason="the PyTorch baseline needs the extra `torch`")
 
 from experiments.speed.pytorch_baseline import distillation as torch_distillation  # noqa: E402
-from experiments.speed.pytorch_baseline import models, pipeline, teacher, weights  # noqa: E402
-
+from experiments.speed.pytorch_baseline import generators as torch_generators  # noqa: E402
+from experiments.speed.pytorch_baseline import pipeline, teacher, weights  # noqa: E402
 from mosaic_jax import rng  # noqa: E402
 from mosaic_jax import settings as reader  # noqa: E402
 from mosaic_jax.data.batches import epoch_batch, to_float  # noqa: E402
-from mosaic_jax.stages import (  # noqa: E402
-    generator_ensemble,
-    knowledge_distillation,
-    meta_model,
-    model_aggregation,
+from mosaic_jax.stages import knowledge_distillation, meta_model  # noqa: E402
+from mosaic_jax.stages.generator_ensemble import build_generator  # noqa: E402
+from mosaic_jax.stages.prototypes import Prototypes  # noqa: E402
+from mosaic_jax.stages.teacher import (  # noqa: E402
+    Teacher,
+    build_meta_model,
+    expert_weights,
+    teacher_logits,
 )
 from tests.experiments.pytorch.deviations import SETTINGS, perturbed  # noqa: E402
 from tests.experiments.pytorch.parity import (  # noqa: E402
@@ -37,22 +40,22 @@ from tests.helpers import TINY  # noqa: E402
 @pytest.fixture(scope="module")
 def mixture(federation):
     """Stacked experts, a meta model, and the baseline's teacher with the same weights."""
-    rows, assignment = model_aggregation.expert_weights(federation.clients.class_counts)
+    rows, assignment = expert_weights(federation.clients.class_counts)
     each = [perturbed(federation, seed) for seed in range(len(rows))]
     experts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    meta = {"params": jax.jit(meta_model.MetaTraining(federation).start)()["params"]}
+    meta = {"params": jax.jit(meta_model.MetaTraining(federation).start)().params}
     own = teacher.Teacher(
         [classifier(federation, expert) for expert in each],
         weights.load(torch_meta(federation), meta),
         torch.from_numpy(assignment).long(),
         chunk=5,
     )
-    return {"experts": experts, "meta": meta}, own
+    return Teacher(experts, meta), own
 
 
 def torch_meta(federation):
     settings, classes = federation.config.meta_model, federation.dataset.num_classes
-    return models.MetaModel(
+    return teacher.MetaModel(
         classes, classes, settings.feedforward, settings.dropout, settings.expert_embedding
     )
 
@@ -60,7 +63,7 @@ def torch_meta(federation):
 def test_teacher_logits(federation, mixture, record):
     variables, own = mixture
     images = to_float(federation.data.gather(np.arange(12)))
-    logits = jax.jit(meta_model.teacher_logits(federation))
+    logits = jax.jit(teacher_logits(federation))
     found = own(to_torch(images))
     assert not found.requires_grad
     record("logits", found, logits(variables, images))
@@ -68,18 +71,18 @@ def test_teacher_logits(federation, mixture, record):
 
 def meta_batches(federation, examples, key):
     settings = federation.config.meta_model
-    _, assignment = model_aggregation.expert_weights(federation.clients.class_counts)
+    _, assignment = expert_weights(federation.clients.class_counts)
     for number in range(settings.steps):
         positions, mask = epoch_batch(
-            examples["index"],
-            examples["size"],
+            examples.index,
+            examples.size,
             step=number,
             key=key,
             batch_size=settings.batch_size,
         )
         positions = np.asarray(positions)[np.asarray(mask) > 0]
-        tokens = np.array(examples["logits"][positions][:, assignment])
-        labels = np.array(examples["labels"][positions])
+        tokens = np.array(examples.logits[positions][:, assignment])
+        labels = np.array(examples.labels[positions])
         yield torch.from_numpy(tokens), torch.from_numpy(labels).long()
 
 
@@ -88,14 +91,14 @@ def random_prototypes(federation, mixture):
     generator, classes = np.random.default_rng(1), federation.dataset.num_classes
     count, width = (
         len(mixture[1].experts),
-        mixture[0]["experts"]["params"]["head"]["kernel"].shape[1],
+        mixture[0].members["params"]["head"]["kernel"].shape[1],
     )
     features = generator.standard_normal((3, 2 * classes, count, width)).astype(np.float32)
-    return {
-        "features": features,
-        "labels": np.broadcast_to(np.arange(2 * classes) // 2, (3, 2 * classes)),
-        "valid": (generator.random((3, 2 * classes)) < 0.7).astype(np.float32),
-    }
+    return Prototypes(
+        features=features,
+        labels=np.broadcast_to(np.arange(2 * classes) // 2, (3, 2 * classes)),
+        valid=(generator.random((3, 2 * classes)) < 0.7).astype(np.float32),
+    )
 
 
 @pytest.mark.parametrize("embedding", [True, False])
@@ -104,25 +107,24 @@ def test_meta_steps(make_federation, mixture, record, embedding):
     federation = make_federation(
         **SETTINGS | {"meta_model.steps": 6, "meta_model.expert_embedding": embedding}
     )
-    training, experts = meta_model.MetaTraining(federation), mixture[0]["experts"]
+    training, experts = meta_model.MetaTraining(federation), mixture[0].members
     prototypes = random_prototypes(federation, mixture)
-    state = {"experts": experts, "prototypes": prototypes}
-    examples = meta_model.training_set(state)
+    examples = meta_model.training_set(experts, prototypes)
     found = teacher.prototype_logits(
         mixture[1].experts,
-        torch.from_numpy(prototypes["features"]).movedim(2, 0).flatten(1, 2),
+        torch.from_numpy(prototypes.features).movedim(2, 0).flatten(1, 2),
         mixture[1].assignment,
     )
-    record("prototypes", found, training.mix(examples["logits"]))
+    record("prototypes", found, training.mix(examples.logits))
 
     start = jax.jit(training.start)()
-    own = weights.load(torch_meta(federation), {"params": start["params"]})
+    own = weights.load(torch_meta(federation), {"params": start.params})
     batches = list(meta_batches(federation, examples, training.key))
     tokens, labels = batches[0]
     loss = torch.nn.functional.cross_entropy(own.train()(tokens), labels)
     loss.backward()
     expected = jax.jit(jax.value_and_grad(training.loss))(
-        start["params"],
+        start.params,
         jnp.asarray(tokens.numpy()),
         jnp.asarray(labels.numpy()),
         jnp.ones(len(labels)),
@@ -132,28 +134,28 @@ def test_meta_steps(make_federation, mixture, record, embedding):
     compare(record, "gradient", own, gradients(own), {"params": expected[1]})
 
     settings = federation.config.meta_model
-    mean, losses = jax.jit(training.run)(state, jnp.float32(settings.learning_rate))
+    mean, losses = jax.jit(training.run)(experts, prototypes, jnp.float32(settings.learning_rate))
     record("losses", teacher.train_meta(own, batches, settings), losses)
     # Adam makes whole steps of gradients that are zero but for rounding: an attention key's bias
     # changes no answer and wanders. So the answers are compared.
-    answers = meta_model.build(federation).apply({"params": mean}, jnp.asarray(tokens.numpy()))
+    answers = build_meta_model(federation).apply({"params": mean}, jnp.asarray(tokens.numpy()))
     record("answers", own(tokens).detach(), answers)
 
 
 def distillation_inputs(federation, teacher, generators):
     """Return what a step of the student is given."""
     settings = federation.config.knowledge_distillation
-    return {
-        "teacher": teacher,
-        "source": {"generators": generators},
-        "first": 0,
-        "weights": {
+    return knowledge_distillation.DistillationInputs(
+        first=0,
+        key=federation.key("parity"),
+        learning_rate=jnp.float32(settings.learning_rate),
+        prepared={"all": generators},
+        teacher=teacher,
+        weights={
             name: jnp.float32(getattr(settings, name))
             for name in knowledge_distillation.LOSS_WEIGHTS
         },
-        "learning_rate": jnp.float32(settings.learning_rate),
-        "key": federation.key("parity"),
-    }
+    )
 
 
 @pytest.mark.parametrize("batch_norm", ["frozen", "train"])
@@ -173,7 +175,12 @@ def test_distillation_steps(federation, mixture, record, request, batch_norm):
         federation.clients.class_counts.sum(1),
         changed.images_per_generator * federation.num_clients,
     )
-    own_prior = student.images(inputs, 0)[1]
+    draw = jax.jit(
+        lambda number: student.source.sample(
+            inputs.prepared, rng.fold(inputs.key, number), number - inputs.first
+        )
+    )
+    own_prior = draw(0)[1]
     assert images.sum() == len(own_prior)
     prior = torch_distillation.class_prior(federation.clients.class_counts, images)
     record("prior", prior, own_prior)
@@ -182,20 +189,19 @@ def test_distillation_steps(federation, mixture, record, request, batch_norm):
         classifier(federation, variables), mixture[1], torch.from_numpy(prior), changed
     )
     step = jax.jit(lambda carry, number: student.step(carry, number, inputs))
-    draw = jax.jit(lambda number: student.images(inputs, number)[0])
     carry = student.start(variables)
     for number in range(3):
-        noise = ensemble_noise(federation, rng.fold(inputs["key"], number), images)
+        noise = ensemble_noise(federation, rng.fold(inputs.key, number), images)
         drawn = torch_distillation.draw(generators, noise)
-        record("images", drawn.permute(0, 2, 3, 1), draw(number))
+        record("images", drawn.permute(0, 2, 3, 1), draw(number)[0])
         found = own.step(drawn)
         after, metrics = step(carry, number)
         for name, value in found.items():
             record(name, value, metrics[name])
-        expected = adam_gradient((carry["optimizer"],), (after["optimizer"],), 0.9)
+        expected = adam_gradient(carry.optimizer, after.optimizer, 0.9)
         compare(record, "gradient", own.model, gradients(own.model), {"params": expected})
         carry = after
-    compare_moved(request, own.model.eval(), variables, carry["student"])
+    compare_moved(request, own.model.eval(), variables, carry.student)
 
 
 @pytest.mark.parametrize(
@@ -218,13 +224,13 @@ def test_work_that_is_not_built_is_refused(setting, value):
 def torch_generator(federation):
     settings = federation.config.generator_optimization
     height, _, channels = federation.dataset.image_shape
-    return models.Generator(height, channels, settings.width, settings.latent).eval()
+    return torch_generators.Generator(height, channels, settings.width, settings.latent).eval()
 
 
 def trained_generator(federation, seed):
     """A generator whose images have contrast."""
     settings = federation.config.generator_optimization
-    init = jax.jit(generator_ensemble.build(federation).init)
+    init = jax.jit(build_generator(federation).init)
     variables = init(jax.random.key(seed), jnp.zeros((2, settings.latent)))
     params = jax.tree.map(lambda leaf: leaf * (5 if leaf.ndim == 4 else 1), variables["params"])
     return {"params": params, "batch_stats": variables["batch_stats"]}
