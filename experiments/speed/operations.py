@@ -16,12 +16,12 @@ from mosaic_jax import rng, trees
 from mosaic_jax.federation import Federation
 from mosaic_jax.models import build_classifier
 from mosaic_jax.stages.client_generator import LOSS_WEIGHTS, ClientGenerator, GeneratorClient
+from mosaic_jax.stages.federated_round import round_inputs
 from mosaic_jax.stages.generator_optimization import generator_inputs
 from mosaic_jax.stages.knowledge_distillation import LOSS_WEIGHTS as DISTILLATION_WEIGHTS
 from mosaic_jax.stages.knowledge_distillation import Student
 from mosaic_jax.stages.local_update import Batch, ClientUpdate
 from mosaic_jax.stages.meta_model import MetaTraining
-from mosaic_jax.stages.round import round_inputs
 from mosaic_jax.stages.stage import State
 from mosaic_jax.stages.teacher import expert_weights
 

@@ -16,8 +16,8 @@ from mosaic_jax.models import submodel
 from mosaic_jax.models.normalisation import norms, with_norms
 from mosaic_jax.stages import rounds
 from mosaic_jax.stages.evaluation import personal_evaluator
+from mosaic_jax.stages.federated_round import held_channels
 from mosaic_jax.stages.local_update import ClientUpdate
-from mosaic_jax.stages.round import held_channels
 from mosaic_jax.stages.stage import Stage, State
 from mosaic_jax.types import Array, PyTree, Variables
 

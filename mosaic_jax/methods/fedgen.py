@@ -77,7 +77,7 @@ class FeatureServerState(struct.PyTreeNode):
 
 
 class FeatureGenerator:
-    """The server's generator of features, a `rounds.Server`."""
+    """The server's generator of features, a `server.Server`."""
 
     def __init__(self, federation: Federation):
         self.federation, layout = federation, federation.layout
@@ -110,7 +110,7 @@ class FeatureGenerator:
         cohort: Cohort,
         round_index: Array,
     ) -> tuple[Variables, FeatureServerState, dict[str, Array]]:
-        """Train the generator; the global model stays the average. See `rounds.Server`."""
+        """Train the generator; the global model stays the average. See `server.Server`."""
         heads = client_models["params"]["head"]
         carry, loss = self.train(carry, self.shared, heads, cohort.client_ids, round_index)
         return variables, carry, {"generator_loss": loss}

@@ -14,7 +14,7 @@ from rich.console import Console
 from mosaic_jax.report import html
 from mosaic_jax.report.figures import FIGURES, draw_figures
 from mosaic_jax.report.tables import cost_table, mean_table, result_table
-from mosaic_jax.run.record import Run, load
+from mosaic_jax.run.reader import Run, load
 from mosaic_jax.types import UserError
 
 

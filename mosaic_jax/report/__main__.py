@@ -13,7 +13,7 @@ from rich.console import Console
 from mosaic_jax import report
 from mosaic_jax.report.figures import draw_figures
 from mosaic_jax.report.tables import mean_table
-from mosaic_jax.run.record import load
+from mosaic_jax.run.reader import load
 from mosaic_jax.types import UserError
 
 DESCRIPTION = (

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mosaic_jax.run.record import Run
+from mosaic_jax.run.reader import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

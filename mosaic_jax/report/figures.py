@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mosaic_jax.report import client_figures, model_figures
-from mosaic_jax.run.record import Run
+from mosaic_jax.run.reader import Run
 from mosaic_jax.run.results import TEACHER
 from mosaic_jax.types import UserError
 

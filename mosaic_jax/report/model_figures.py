@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mosaic_jax.run.record import Run
+from mosaic_jax.run.reader import Run
 from mosaic_jax.run.results import (
     AVERAGED_MODEL,
     GLOBAL_MODEL,

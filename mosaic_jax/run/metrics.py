@@ -1,4 +1,4 @@
-"""The record of a run: one JSON line per block or evaluation, kept consistent over resumes."""
+"""Metrics of a run: written as one JSON line a block, kept whole over resumes, and checked."""
 
 import json
 import math

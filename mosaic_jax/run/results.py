@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mosaic_jax.run.record import Run
+from mosaic_jax.run.reader import Run
 
 
 class Evaluation(NamedTuple):

@@ -1,7 +1,8 @@
 """Local update (paper, Figure 1a): clients train the received model on their own data.
 
-`ClientUpdate` is one client's training; methods override its hooks. A round (`stages/round.py`)
-maps it over the clients that take part and averages the models they send.
+`ClientUpdate` is one client's training; methods override its hooks. A round
+(`stages/federated_round.py`) maps it over the clients that take part and averages the models they
+send.
 """
 
 from dataclasses import dataclass

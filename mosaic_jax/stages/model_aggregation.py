@@ -24,8 +24,7 @@ from mosaic_jax.parallel import take_clients
 from mosaic_jax.stages import calibration
 from mosaic_jax.stages.cohort import Cohort, cohort_of, round_bytes, size_weights
 from mosaic_jax.stages.evaluation import evaluator
-from mosaic_jax.stages.local_update import ClientUpdate, RoundInputs
-from mosaic_jax.stages.round import (
+from mosaic_jax.stages.federated_round import (
     OneClient,
     Round,
     RoundClient,
@@ -33,6 +32,7 @@ from mosaic_jax.stages.round import (
     round_function,
     round_inputs,
 )
+from mosaic_jax.stages.local_update import ClientUpdate, RoundInputs
 from mosaic_jax.stages.stage import Metrics, Stage, State
 from mosaic_jax.stages.teacher import averages_parameters, expert_weights
 from mosaic_jax.trees import num_bytes

@@ -1,6 +1,9 @@
-"""Rounds as a stage: participation, the server's step after each round, and the traffic."""
+"""Rounds as a stage: participation, the server's step after each round, and the traffic.
 
-from typing import Any, Protocol
+`stages/federated_round.py` compiles one round, `stages/server.py` says what a method's server does.
+"""
+
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,32 +12,12 @@ import optax
 from mosaic_jax import trees
 from mosaic_jax.federation import Federation
 from mosaic_jax.stages import calibration
-from mosaic_jax.stages.cohort import Cohort, cohort_of, participants, round_bytes, size_weights
+from mosaic_jax.stages.cohort import cohort_of, participants, round_bytes, size_weights
 from mosaic_jax.stages.evaluation import evaluator, predictions, predictor
+from mosaic_jax.stages.federated_round import RoundState, round_function, round_inputs
 from mosaic_jax.stages.local_update import ClientUpdate
-from mosaic_jax.stages.round import RoundState, round_function, round_inputs
+from mosaic_jax.stages.server import Server
 from mosaic_jax.stages.stage import Metrics, Stage, State
-from mosaic_jax.types import Array, PyTree, Variables
-
-
-class Server(Protocol):
-    """A method's server: its step after the average of every round, and what it sends before."""
-
-    def start(self, variables: Variables) -> PyTree:
-        """Return what the server carries before the first round; traceable."""
-
-    def send(self, carry: PyTree) -> dict[str, PyTree]:
-        """Return what clients receive beside the model, by name."""
-
-    def __call__(
-        self,
-        variables: Variables,
-        carry: PyTree,
-        client_models: Variables,
-        cohort: Cohort,
-        round_index: Array,
-    ) -> tuple[Variables, PyTree, dict[str, Array]]:
-        """Return the next global model, the carry, and metrics, from the cohort's models."""
 
 
 class Rounds:

@@ -70,7 +70,7 @@ class ServerBatch(struct.PyTreeNode):
 
 
 class ServerDistillation:
-    """Base of the methods' servers, a `rounds.Server`; subclasses set the constants and the losses.
+    """Base of the methods' servers, a `server.Server`; subclasses set the constants and the losses.
 
     Attributes:
       generator_steps: in each of `server_distillation.iterations`.
@@ -160,7 +160,7 @@ class ServerDistillation:
         cohort: Cohort,
         round_index: Array,
     ) -> tuple[Variables, ServerState, dict[str, Array]]:
-        """Distil after one round; see `rounds.Server`."""
+        """Distil after one round; see `server.Server`."""
         shared = (self.key, self.class_counts)
         result: tuple[Variables, ServerState, dict[str, Array]] = self.run(
             variables, carry, shared, client_models, cohort.client_ids, round_index

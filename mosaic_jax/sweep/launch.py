@@ -16,7 +16,7 @@ from mosaic_jax import settings
 from mosaic_jax.config import Config
 from mosaic_jax.federation import load_federation
 from mosaic_jax.run import experiment
-from mosaic_jax.run.record import load
+from mosaic_jax.run.reader import load
 from mosaic_jax.run.results import result_rows
 from mosaic_jax.types import UserError
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from rich import filesize
 
-from mosaic_jax.run import record
+from mosaic_jax.run import reader
 from mosaic_jax.sweep import launch
 from mosaic_jax.sweep.engine import Job
 from mosaic_jax.sweep.text import markdown_table, mean_and_std_text, mean_text, means_by_x
@@ -76,7 +76,7 @@ def measured(job: Job) -> Measured | None:
     """Return the figures of a cell, or None before it has ended."""
     if not (job.workdir / "summary.json").exists():
         return None
-    run, starts = record.load(job.workdir), job.record()
+    run, starts = reader.load(job.workdir), job.record()
     stages = json.loads((job.workdir / "summary.json").read_text()).values()
     return Measured(
         accuracy=launch.final_accuracy(launch.accuracies(job.workdir)),
@@ -88,7 +88,7 @@ def measured(job: Job) -> Measured | None:
     )
 
 
-def client_steps_per_second(run: record.Run) -> float | None:
+def client_steps_per_second(run: reader.Run) -> float | None:
     """Return the rate of the round of median time, without the first, which compiles programs."""
     seconds = [line["seconds"] for line in run.lines_of("local_update")]
     if not seconds:

@@ -14,7 +14,7 @@ from mosaic_jax.parallel import offload
 from mosaic_jax.report import figures
 from mosaic_jax.run import experiment
 from mosaic_jax.run.metrics import MetricsFile
-from mosaic_jax.run.record import load
+from mosaic_jax.run.reader import load
 from mosaic_jax.stages import generator_ensemble, knowledge_distillation
 from mosaic_jax.stages.generator_optimization import Generators, wave_size
 from mosaic_jax.sweep.launch import STAGES

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from mosaic_jax import report
-from mosaic_jax.run.record import load
+from mosaic_jax.run.reader import load
 from tests.report.written import FIGURES, mosaic_lines, write_answers, write_run
 
 PROBE = """<script>

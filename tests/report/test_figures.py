@@ -9,7 +9,7 @@ from PIL import Image
 
 from mosaic_jax.report import __main__ as command_line
 from mosaic_jax.report import figures, model_figures
-from mosaic_jax.run.record import Run, load
+from mosaic_jax.run.reader import Run, load
 from tests.report.written import FIGURES, mosaic_lines, write_answers, write_run
 
 

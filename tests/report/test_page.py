@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mosaic_jax import report
 from mosaic_jax.run.metrics import MetricsFile
-from mosaic_jax.run.record import load
+from mosaic_jax.run.reader import load
 from mosaic_jax.types import UserError
 from tests.report.written import FIGURES, mosaic_lines, write_answers, write_run
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mosaic_jax.report import figures, tables
-from mosaic_jax.run.record import load
+from mosaic_jax.run.reader import load
 from mosaic_jax.run.results import result_rows
 from mosaic_jax.types import UserError
 from tests.report.written import FIGURES, cells, mosaic_lines, write_run

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mosaic_jax.report import tables
-from mosaic_jax.run.record import load
+from mosaic_jax.run.reader import load
 from mosaic_jax.run.results import result_rows
 from mosaic_jax.types import UserError
 from tests.report.written import accuracies, cells, fedavg_lines, mosaic_lines, write_run

@@ -11,7 +11,7 @@ import pytest
 from mosaic_jax import methods
 from mosaic_jax.stages import local_update
 from mosaic_jax.stages.cohort import cohort_of, size_weights
-from mosaic_jax.stages.round import RoundState, round_function, round_inputs
+from mosaic_jax.stages.federated_round import RoundState, round_function, round_inputs
 from mosaic_jax.types import UserError
 from tests.helpers import BLOCKS, assert_same, lines, member, run
 

@@ -7,7 +7,7 @@ import numpy as np
 from mosaic_jax import methods, rng
 from mosaic_jax.data.batches import epoch_batch, to_float
 from mosaic_jax.stages import calibration, cohort
-from mosaic_jax.stages.round import round_inputs
+from mosaic_jax.stages.federated_round import round_inputs
 from tests.helpers import assert_same, member, random_variables
 
 

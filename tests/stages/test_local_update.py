@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mosaic_jax import methods
+from mosaic_jax.stages.federated_round import round_inputs
 from mosaic_jax.stages.local_update import ClientUpdate
-from mosaic_jax.stages.round import round_inputs
 from tests.helpers import assert_close, differ, member
 from tests.stages.unequal import COUNTS, KEY, SETTINGS, unequal
 

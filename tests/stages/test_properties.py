@@ -13,7 +13,7 @@ from mosaic_jax import parallel
 from mosaic_jax.federation import Clients, Federation, Group
 from mosaic_jax.parallel import Layout
 from mosaic_jax.stages.cohort import cohort_of
-from mosaic_jax.stages.round import Uplink, averaged
+from mosaic_jax.stages.federated_round import Uplink, averaged
 from mosaic_jax.stages.teacher import expert_weights
 from tests.helpers import member
 from tests.properties import DRAWN

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mosaic_jax.run import record
+from mosaic_jax.run import reader
 from mosaic_jax.sweep import table as sweep_table
 from mosaic_jax.sweep.table import Cell, Measured
 
@@ -19,7 +19,7 @@ def test_speed_is_of_the_median_round_after_the_first():
     def speed(lines, **local):
         settings = config | {"local_update": config["local_update"] | local}
         return sweep_table.client_steps_per_second(
-            record.Run(Path(), settings, lines, finished=True)
+            reader.Run(Path(), settings, lines, finished=True)
         )
 
     assert speed(lines) == 5 * 8 / 2.0

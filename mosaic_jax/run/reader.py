@@ -1,4 +1,4 @@
-"""Read back what a run left in its work directory: settings, metrics, clients and samples."""
+"""Read back what a run has left in its work directory: settings, metrics, clients and samples."""
 
 import json
 import zipfile

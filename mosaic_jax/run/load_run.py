@@ -24,7 +24,7 @@ from mosaic_jax import rng, settings, trees
 from mosaic_jax.config import Config
 from mosaic_jax.data.batches import to_float
 from mosaic_jax.federation import Federation, load_federation
-from mosaic_jax.run import experiment, record
+from mosaic_jax.run import experiment, reader
 from mosaic_jax.stages.evaluation import Predictor, predictor
 from mosaic_jax.stages.generator_ensemble import build_generator
 from mosaic_jax.stages.stage import State
@@ -183,7 +183,7 @@ def load_run(workdir: str | Path) -> LoadedRun:
       UserError: the directory holds no run, or its data set is missing.
     """
     workdir = Path(workdir)
-    config = settings.from_config_dict(record.read_config(workdir))
+    config = settings.from_config_dict(reader.read_config(workdir))
     federation = load_federation(config, offload_dir=workdir / "stacks")
     state, ended = experiment.restore(federation, workdir)
     return LoadedRun(federation, state, ended)
