@@ -110,12 +110,14 @@ class Layout:
             others replicated.
         """
 
-        def copied(path: Any, leaf: jax.Array) -> jax.Array:
+        def copy(path: Any, leaf: jax.Array) -> PyTree:
             where = self.shard_clients if trees.entry(path) in stacks else self.replicate
-            copy: jax.Array = where(jnp.copy(leaf))
-            return copy
+            return where(jnp.copy(leaf))
 
-        return self.jit(lambda tree: jax.tree_util.tree_map_with_path(copied, tree))(carry)
+        def copied(tree: PyTree) -> PyTree:
+            return jax.tree_util.tree_map_with_path(copy, tree)
+
+        return self.jit(copied)(carry)
 
     def zeros_like_output(self, function: Callable[..., PyTree], *args: PyTree) -> PyTree:
         """Make zeros of the shapes that a function returns, without running it.
