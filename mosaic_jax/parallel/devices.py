@@ -78,19 +78,19 @@ def client_sharding(mesh: Mesh, count: int) -> NamedSharding:
 
 def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
     """Put a tree, the same on every host, on every device of the mesh."""
-    everywhere = replicated_sharding(mesh)
+    replicated = replicated_sharding(mesh)
 
     def put(leaf: Array) -> Array:
         if jax.process_count() == 1:
-            return jax.device_put(leaf, everywhere)
+            return jax.device_put(leaf, replicated)
         if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
             # Keys cannot be put on other hosts' devices, their numbers can.
             return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return jax.device_put(leaf, everywhere)
+            return jax.device_put(leaf, replicated)
         # `device_put` would gather the arrays of all hosts to compare them.
         array = np.asarray(leaf)
-        return jax.make_array_from_callback(array.shape, everywhere, array.__getitem__)
+        return jax.make_array_from_callback(array.shape, replicated, array.__getitem__)
 
     return jax.tree.map(put, tree)
 

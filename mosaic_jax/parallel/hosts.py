@@ -84,13 +84,13 @@ def _watch(live_processes: Callable[[list[int]], Iterable[int]]) -> None:
     A collective would wait for ever. (When the first host is lost, the library itself ends the
     others at once, with a message of its own.)
     """
-    numbers = list(range(jax.process_count()))
+    hosts = list(range(jax.process_count()))
     while not _leaving.is_set():
         try:
-            alive = set(live_processes(numbers))
+            alive = set(live_processes(hosts))
         except jax.errors.JaxRuntimeError:
             alive = set()
-        lost = [str(number) for number in numbers if number not in alive]
+        lost = [str(host) for host in hosts if host not in alive]
         if lost and not _leaving.is_set():
             what = f"lost host {', '.join(lost)}"
             print(f"error: {what}; the same command resumes", file=sys.stderr, flush=True)

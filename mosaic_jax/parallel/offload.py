@@ -51,8 +51,8 @@ def write(stack: PyTree, start: int, rows: PyTree) -> None:
     """Write rows [n, ...] from row `start` on, up to the end of the stack, and flush them."""
 
     def put(array: np.ndarray, new: np.ndarray) -> None:
-        place = array[start : start + len(new)]
-        place[:] = new[: len(place)]
+        target = array[start : start + len(new)]
+        target[:] = new[: len(target)]
         array.flush()  # type: ignore[attr-defined]
 
     jax.tree.map(put, stack, rows)

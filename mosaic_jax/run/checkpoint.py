@@ -156,7 +156,7 @@ def _bits(leaf: Array) -> Array:
 
 def _positions(shape: tuple[int, ...]) -> Array:
     """Hash each element's position in an array of this shape, uint32."""
-    place = jnp.zeros(shape, jnp.uint32)
+    position = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return place * np.uint32(0x9E3779B1)
+        position = position * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return position * np.uint32(0x9E3779B1)

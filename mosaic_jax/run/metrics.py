@@ -40,9 +40,9 @@ class MetricsFile:
         if not self.writes:
             return
         lines = [json.dumps(line) + "\n" for line in self.read() if wanted(line)]
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(lines))
-        fresh.replace(self.path)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(lines))
+        temporary.replace(self.path)
 
     def write(self, stage: str, block: int, metrics: Mapping[str, Any]) -> None:
         """Append one line; arrays become lists."""

@@ -154,7 +154,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file so that it is there whole or not at all, whenever the program is killed."""
-    fresh = path.with_name(f".{path.name}")
-    with fresh.open("wb") as file:
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as file:
         write(file)
-    fresh.replace(path)
+    temporary.replace(path)

@@ -180,8 +180,11 @@ class ClientGenerator:
             generator_optimizer=optimizer,
             average=average,
         )
-        spread = fake.std(axis=0).mean()
-        return carry, diagnostics | {"generator_loss": loss + frozen_loss, "spread": spread} | seen
+        pixel_std = fake.std(axis=0).mean()
+        return carry, diagnostics | {
+            "generator_loss": loss + frozen_loss,
+            "spread": pixel_std,
+        } | seen
 
     def _adversary_step(
         self,

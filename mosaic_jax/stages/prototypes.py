@@ -52,11 +52,11 @@ def kmeans(
     first = jax.random.categorical(rng.fold(key, 0), _log(weights))
     centres = jnp.broadcast_to(points[first], (k, points.shape[1]))
 
-    def seed(number: Array, centres: Array) -> Array:
-        is_set = jnp.arange(k) < number
+    def seed(cluster: Array, centres: Array) -> Array:
+        is_set = jnp.arange(k) < cluster
         distances = jnp.where(is_set, _distances(points, centres), jnp.inf).min(axis=1)
-        pick = jax.random.categorical(rng.fold(key, number), _log(weights * distances))
-        return centres.at[number].set(points[pick])
+        pick = jax.random.categorical(rng.fold(key, cluster), _log(weights * distances))
+        return centres.at[cluster].set(points[pick])
 
     centres = jax.lax.fori_loop(1, k, seed, centres)
     single = (weights > 0).sum() < k

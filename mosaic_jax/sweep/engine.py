@@ -131,9 +131,9 @@ class Job:
         record = {"starts": 0, "ends": 0, "seconds": 0.0} | self.record() | facts
         for name, more in (("seconds", seconds), ("starts", starts), ("ends", ends)):
             record[name] = round(record[name] + more, 3)
-        fresh = self.root / f".{self.name}.json"
-        fresh.write_text(json.dumps(record, indent=1) + "\n")
-        fresh.replace(self.root / f"{self.name}.json")
+        temporary = self.root / f".{self.name}.json"
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.replace(self.root / f"{self.name}.json")
 
     def checkpoint(self) -> Any:
         """Return what submitit submits when a job's time is over: the same job, which resumes."""
