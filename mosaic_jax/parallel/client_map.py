@@ -11,11 +11,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mosaic_jax import trees
-from mosaic_jax.parallel.devices import AXIS, lanes_for, pad_rows
+from mosaic_jax.parallel.devices import AXIS, lanes_for, on_cpu, pad_rows
 from mosaic_jax.types import Array, PyTree
 
 SharedInput = PyTree
@@ -81,7 +82,7 @@ def reduce_clients(
         width = lanes_for(lanes, total, mesh)
         clients, weights = _pad_clients(clients, weights, -total % mesh.size)
         mapped = jax.shard_map(
-            lambda shared, clients, weights: _device(function, width, shared, clients, weights),
+            lambda *args: _device(function, mesh, width, *args),
             mesh=mesh,
             in_specs=(P(), P(AXIS), P(AXIS)),
             out_specs=(P(), P(AXIS)),
@@ -117,6 +118,7 @@ def padding_fraction(lanes: int, clients: int, mesh: Mesh) -> float:
 
 def _device(
     function: ClientFunction,
+    mesh: Mesh,
     lanes: int,
     shared: SharedInput,
     clients: ClientInput,
@@ -138,7 +140,19 @@ def _device(
     zeros = jax.tree.map(lambda s: jnp.zeros((weights.shape[1], *s.shape[1:]), jnp.float32), shapes)
     sums, kept = jax.lax.scan(one_group, zeros, groups)
     kept = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:total], kept)
-    return jax.tree.map(lambda leaf: jax.lax.psum(leaf, AXIS), sums), kept
+    return _sum_over_devices(sums, mesh), kept
+
+
+def _sum_over_devices(sums: Summand, mesh: Mesh) -> Summand:
+    """Sum over all devices; over several CPU hosts as one message.
+
+    There a lost host fails one collective on one device. If another followed it in the same
+    program, its message would meet the one that still waits, and the library would abort.
+    """
+    if not jax.tree.leaves(sums) or not on_cpu(mesh) or jax.process_count() == 1:
+        return jax.tree.map(lambda leaf: jax.lax.psum(leaf, AXIS), sums)
+    flat, unravel = ravel_pytree(sums)
+    return unravel(jax.lax.psum(flat, AXIS))
 
 
 def _lanes(

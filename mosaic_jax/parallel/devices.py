@@ -101,15 +101,17 @@ def to_host(tree: PyTree) -> PyTree:
     All hosts must call it, and with the same tree.
     """
 
+    # Where a device has failed, since a host is lost, no further program may start: its messages
+    # would meet those that the failed one has left, and the library would abort. So every program
+    # has ended on all devices before the next begins.
     def whole(leaf: Array) -> Array:
         is_here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
         if is_here or leaf.is_fully_replicated:
             return leaf
-        return _gather(leaf.sharding.mesh)(leaf)  # type: ignore[attr-defined]
+        gathered: Array = jax.block_until_ready(_gather(leaf.sharding.mesh)(leaf))  # type: ignore[attr-defined]
+        return gathered
 
-    # Fetching waits for one device alone. Where another has failed, since a host is lost, the next
-    # program must not start: its messages would meet those that the failed one has left.
-    return jax.device_get(jax.block_until_ready(jax.tree.map(whole, tree)))
+    return jax.device_get(jax.tree.map(whole, jax.block_until_ready(tree)))
 
 
 @lru_cache
