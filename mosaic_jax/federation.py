@@ -147,20 +147,14 @@ class Federation:
         initial = layout.jit(lambda key: layout.replicate(self.classifier.init(key)))
         return cast(Variables, initial(layout.put_replicated(self.key("initial_variables"))))
 
-    def with_indices(self, indices: list[np.ndarray]) -> "Federation":
-        """Return the federation with another division of its training images."""
-        division = clients_of(
-            self.dataset, indices, self.clients.validation, partition_seed(self.config), self.layout
-        )
-        return dataclasses.replace(self, clients=division)
+    def offloading_to(self, directory: Path) -> "Federation":
+        """Return the federation with a directory for stacks that the memory has no room for."""
+        layout = dataclasses.replace(self.layout, offload_dir=directory)
+        return dataclasses.replace(self, layout=layout)
 
 
-def load_federation(config: Config, offload_dir: Path | None = None) -> Federation:
+def load_federation(config: Config) -> Federation:
     """Load the data and lay the federation over the devices.
-
-    Args:
-      config: all settings.
-      offload_dir: see `Layout`.
 
     Raises:
       UserError: data that are missing, or settings they cannot serve.
@@ -174,7 +168,7 @@ def load_federation(config: Config, offload_dir: Path | None = None) -> Federati
         seed=config.seed,
     )
     hosts.check_agreement("images", dataset.fingerprint)
-    return build_federation(config, dataset, Layout.of(config.parallel, offload_dir))
+    return build_federation(config, dataset, Layout.of(config.parallel))
 
 
 def build_federation(config: Config, dataset: Dataset, layout: Layout) -> Federation:

@@ -80,7 +80,7 @@ def _start(argv: list[str]) -> None:
 def _plan(config: Config, workdir: Path, console: Console) -> None:
     """Say what would run, and measure how long it takes, without a work directory."""
     with tempfile.TemporaryDirectory() as folder:
-        federation = load_federation(config, offload_dir=Path(folder))
+        federation = load_federation(config).offloading_to(Path(folder))
         stages = methods.stages(config.method, federation)
         console.print(plan.plan(federation, stages, workdir))
         for line in plan.measured(federation, stages):
@@ -89,7 +89,7 @@ def _plan(config: Config, workdir: Path, console: Console) -> None:
 
 def _run(config: Config, workdir: Path, argv: list[str], console: Console) -> None:
     """Run in the work directory, with the plan before and a progress bar."""
-    federation = load_federation(config, offload_dir=workdir / "stacks")
+    federation = load_federation(config)
     names = flags.TRACK.value if hosts.is_primary() else ""
     tracked = trackers.Trackers(names, workdir, federation.config)
     with closing(tracked), _progress(console) as progress:

@@ -1,4 +1,4 @@
-"""What crosses the borders between rooms: arrays with their shapes, and the user-facing error.
+"""What crosses the borders between packages: arrays with their shapes, and the user-facing error.
 
 Images are channels-last. Stored images are `uint8`; every image a model or a generator sees is
 `float32` in [-1, 1], real and generated alike, and the classifier itself normalises with the

@@ -1,5 +1,6 @@
 """Functions that tests of several folders use: tiny federations, runs of them, comparisons."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mosaic_jax import settings
-from mosaic_jax.federation import load_federation
+from mosaic_jax.federation import clients_of, load_federation, partition_seed
 from mosaic_jax.run import experiment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,15 +64,14 @@ BLOCKS = {
 """Settings with which the stages have several blocks, each with its checkpoint."""
 
 
-def tiny_federation(offload_dir=None, **overrides):
+def tiny_federation(**overrides):
     """Return a federation of 3 clients and 200 images.
 
     Args:
-      offload_dir: where stacks go that `parallel.memory_gib` has no room for.
       overrides: `{"section.setting": value}`, settings that differ from `TINY`.
     """
     config = settings.from_config_dict(settings.make("", TINY | overrides, {}).to_dict())
-    return load_federation(config, offload_dir)
+    return load_federation(config)
 
 
 def federation_of(parts, **overrides):
@@ -93,9 +93,16 @@ def federation_of(parts, **overrides):
         )
         for i in range(len(parts))
     ]
-    federation = federation.with_indices(indices)
+    federation = with_indices(federation, indices)
     np.testing.assert_array_equal(federation.clients.class_counts, parts)
     return federation
+
+
+def with_indices(federation, indices):
+    """Return a federation whose clients hold these images."""
+    seed, validation = partition_seed(federation.config), federation.clients.validation
+    clients = clients_of(federation.dataset, indices, validation, seed, federation.layout)
+    return dataclasses.replace(federation, clients=clients)
 
 
 class Killed(Exception):

@@ -89,18 +89,18 @@ def units(federation: Federation) -> tuple[dict[str, Unit], float]:
     evaluate = evaluator(federation)
     start = time.perf_counter()
     before = pass_through(stages, initial)
-    evaluate(before["end"]["global"])
+    evaluate(before["end"]["student"])
     first_pass = time.perf_counter() - start
     counted = operations(federation, before["end"])
 
     def pipeline(_: Any) -> Any:
         end = pass_through(stages, initial)["end"]
-        return evaluate(end["global"])
+        return evaluate(end["student"])
 
     tests = len(federation.dataset.test_labels)
     evaluation = Unit(
         prepare=lambda: None,
-        run=lambda _: evaluate(before["end"]["global"]),
+        run=lambda _: evaluate(before["end"]["student"]),
         count=tests,
         items="images",
         operations=tests * counted["image"],

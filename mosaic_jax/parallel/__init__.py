@@ -1,7 +1,6 @@
 """How clients run and where arrays lie: client map, layout, several hosts, stacks on disk."""
 
 from mosaic_jax.parallel.client_map import (
-    ClientFunction,
     map_clients,
     padding_fraction,
     reduce_clients,
@@ -14,9 +13,7 @@ from mosaic_jax.parallel.devices import (
     client_sharding,
     lanes_for,
     make_mesh,
-    on_cpu,
     put_replicated,
-    replicated_sharding,
     set_up_jax,
     to_host,
 )
@@ -25,18 +22,15 @@ from mosaic_jax.parallel.layout import Layout
 __all__ = [
     "AXIS",
     "CHUNK",
-    "ClientFunction",
     "Layout",
     "apply_in_chunks",
     "client_sharding",
     "lanes_for",
     "make_mesh",
     "map_clients",
-    "on_cpu",
     "padding_fraction",
     "put_replicated",
     "reduce_clients",
-    "replicated_sharding",
     "set_up_jax",
     "take_clients",
     "to_host",

@@ -1,6 +1,6 @@
 """The layout of a run: how its clients and arrays are laid over devices, and what is compiled.
 
-Stages are given a `Layout` and never touch the mesh: it maps clients, jits, puts and gathers.
+Stages are given a `Layout`, which maps clients, jits, puts and gathers, and seldom touch the mesh.
 """
 
 from collections.abc import Callable, Container
@@ -39,14 +39,14 @@ class Layout:
     offload_dir: Path | None = None
 
     @classmethod
-    def of(cls, settings: Parallel, offload_dir: Path | None = None) -> "Layout":
+    def of(cls, settings: Parallel) -> "Layout":
         """Lay a run over the devices that its settings name.
 
         Raises:
           UserError: see `devices.make_mesh`.
         """
         mesh = devices.make_mesh(settings.devices)
-        return cls(mesh, settings.lanes, settings.debug, settings.memory_gib, offload_dir)
+        return cls(mesh, settings.lanes, settings.debug, settings.memory_gib)
 
     def map_clients(self, function: Callable[[PyTree, PyTree], PyTree]) -> Callable[..., PyTree]:
         """Map a client function over all clients, see `client_map.map_clients`."""
@@ -122,7 +122,7 @@ class Layout:
     def zeros_like_output(self, function: Callable[..., PyTree], *args: PyTree) -> PyTree:
         """Make zeros of the shapes that a function returns, without running it.
 
-        They are NumPy's, which take no memory until they are read.
+        They are NumPy's, which take no memory as long as nobody writes to them.
         """
         shapes = jax.eval_shape(function, *args)
         return jax.tree.map(lambda shape: np.zeros(shape.shape, shape.dtype), shapes)

@@ -77,9 +77,7 @@ def _facts(federation: Federation, stages: list[Stage], workdir: Path) -> Table:
     devices = f"{federation.layout.mesh.size} {federation.layout.mesh.devices.flat[0].platform}"
     variables = federation.classifier.abstract_variables()
     size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    lanes = parallel.lanes_for(
-        config.parallel.lanes, federation.num_clients, federation.layout.mesh
-    )
+    lanes = federation.layout.num_lanes(federation.num_clients)
     down, up = (
         sum(float(np.mean(getattr(s, way))) for s in stages) for way in ("download", "upload")
     )
@@ -120,8 +118,8 @@ def _stacks(federation: Federation, stages: list[Stage]) -> int:
 
 def _padding(federation: Federation) -> float:
     """Return the fraction of a round's client-steps spent on padding, over all groups."""
-    lanes, sizes = federation.config.parallel.lanes, [len(g.members) for g in federation.groups]
-    shares = [parallel.padding_fraction(lanes, size, federation.layout.mesh) for size in sizes]
+    layout, sizes = federation.layout, [len(g.members) for g in federation.groups]
+    shares = [parallel.padding_fraction(layout.lanes, size, layout.mesh) for size in sizes]
     computed = sum(size / (1 - share) for size, share in zip(sizes, shares, strict=True))
     return 1 - sum(sizes) / computed
 

@@ -90,10 +90,10 @@ class StageCheckpoints:
         )
         try:
             restored = self.manager.restore(block, args=args)
+            if restored["meta"].get("form") != SCHEMA_VERSION:
+                raise ValueError("it is of another version of this program")
         except Exception as error:  # orbax raises bare Exception on damaged files
             return None, str(error).splitlines()[0] if str(error) else type(error).__name__
-        if restored["meta"].get("form") != SCHEMA_VERSION:
-            return None, "it is of another version of this program"
         return restored, ""
 
     def close(self) -> None:

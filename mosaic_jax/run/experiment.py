@@ -71,6 +71,7 @@ def run(
       UserError: the directory holds another config or is in use, or a metric is not finite.
       Stopped: at the end of a block, after saving.
     """
+    federation = federation.offloading_to(files.stacks(workdir))
     stages = methods.stages(federation.config.method, federation)
     hosts.run_on_primary(lambda: files.create_or_check(workdir, federation.config))
     with ExitStack() as until_the_end:
@@ -204,6 +205,7 @@ def _resume(
 
 def restore(federation: Federation, workdir: Path) -> tuple[State, tuple[str, ...]]:
     """Restore the state after the stages that have ended; also return their names."""
+    federation = federation.offloading_to(files.stacks(workdir))
     state: State = {"global": federation.initial_variables()}
     ended: list[str] = []
     for stage in methods.stages(federation.config.method, federation):

@@ -184,6 +184,6 @@ def load_run(workdir: str | Path) -> LoadedRun:
     """
     workdir = Path(workdir)
     config = settings.from_config_dict(reader.read_config(workdir))
-    federation = load_federation(config, offload_dir=workdir / "stacks")
+    federation = load_federation(config)
     state, ended = experiment.restore(federation, workdir)
     return LoadedRun(federation, state, ended)

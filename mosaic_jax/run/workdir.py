@@ -89,6 +89,11 @@ def token(workdir: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
+def stacks(workdir: Path) -> Path:
+    """Return the directory of stacks of clients that the memory has no room for."""
+    return workdir / "stacks"
+
+
 def checkpoints(workdir: Path, stage: Stage) -> Path:
     """Return the directory of a stage's checkpoints."""
     return workdir / "checkpoints" / stage.name

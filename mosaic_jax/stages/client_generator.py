@@ -59,6 +59,7 @@ class GeneratorState(struct.PyTreeNode):
       adversary: variables of the adversary.
       adversary_optimizer: Adam's state.
       average: state of the exponential moving average of the generator's weights.
+      frozen: f0, where there are several waves; it then rests here between blocks.
       generator: variables of the generator.
       generator_optimizer: Adam's state.
       ema_batch_stats: batch statistics of the average weights; of the first weights before the end.
@@ -67,6 +68,7 @@ class GeneratorState(struct.PyTreeNode):
     adversary: Variables
     adversary_optimizer: PyTree
     average: PyTree
+    frozen: Variables | None
     generator: Variables
     generator_optimizer: PyTree
     ema_batch_stats: PyTree
@@ -96,6 +98,7 @@ class ClientGenerator:
             adversary=adversary,
             adversary_optimizer=self.optimizer(0.0).init(adversary["params"]),
             average=self.ema.init(generator["params"]),
+            frozen=None,
             generator=generator,
             generator_optimizer=self.optimizer(0.0).init(generator["params"]),
             ema_batch_stats=generator["batch_stats"],

@@ -40,43 +40,33 @@ class WaveState(struct.PyTreeNode):
 
     Attributes:
       training: of the wave's clients, [wave size, ...].
-      frozen: their models f0, if the state does not have those of all clients.
       uploaded: checksums of the waves' uploads on disk, uint32 [waves], 0 for one to come; None if
         a single wave holds all clients.
     """
 
     training: GeneratorState
-    frozen: Variables | None = None
     uploaded: np.ndarray | None = None
 
 
 class OffloadedUploads:
-    """The uploads of all clients in the work directory, written and checked wave by wave.
-
-    Raises:
-      UserError: there is no work directory.
-    """
+    """The uploads of all clients in the work directory, written and checked wave by wave."""
 
     def __init__(self, federation: Federation, wave_size: int):
-        if federation.layout.offload_dir is None:
-            raise UserError("parallel.memory_gib needs a work directory")
-        self.directory: Path = federation.layout.offload_dir / "generators"
-        self.shapes, self.clients = upload_shapes(federation), federation.num_clients
-        self.wave_size = wave_size
+        self.federation, self.wave_size = federation, wave_size
         self.checked: dict[int, int] = {}  # waves whose uploads were seen whole, with checksums
 
     def read(self, checksums: np.ndarray) -> Variables:
         """Return the stack [clients, ...] on disk.
 
         Raises:
-          UserError: the uploads of a wave are not those of its checksum.
+          UserError: the uploads of a wave are not those of its checksum, or there is no directory.
         """
         stack = self._stack()
         for wave, crc in enumerate(checksums):
             if crc and self.checked.get(wave) != crc:
                 if offload.checksum(stack, wave * self.wave_size, self.wave_size) != crc:
                     raise UserError(
-                        f"{self.directory} is damaged or gone; delete the run's checkpoints of "
+                        f"{self.directory()} is damaged or gone; delete the run's checkpoints of "
                         "generator_optimization to train the generators anew"
                     )
                 self.checked[wave] = int(crc)
@@ -89,8 +79,19 @@ class OffloadedUploads:
         self.checked[wave] = offload.checksum(stack, start, self.wave_size)
         return self.checked[wave]
 
+    def directory(self) -> Path:
+        """Return where they lie.
+
+        Raises:
+          UserError: there is no work directory.
+        """
+        if self.federation.layout.offload_dir is None:
+            raise UserError("parallel.memory_gib needs a work directory")
+        return self.federation.layout.offload_dir / "generators"
+
     def _stack(self) -> Variables:
-        return cast(Variables, offload.create(self.directory, self.shapes, self.clients))
+        shapes, clients = upload_shapes(self.federation), self.federation.num_clients
+        return cast(Variables, offload.create(self.directory(), shapes, clients))
 
 
 class Generators:
@@ -133,20 +134,23 @@ class Generators:
         """Start the training of a wave's clients."""
         frozen = self.client_models(state, self.members(wave))
         training = self.start_all(self.inputs, self.clients(wave, frozen))
-        return WaveState(training, None if uploaded is None else frozen, uploaded)
+        if uploaded is not None:
+            training = training.replace(frozen=frozen)
+        return WaveState(training, uploaded)
 
     def block(self, state: State, carry: WaveState, index: int) -> tuple[WaveState, Metrics]:
         """Run one block of a wave's steps; the wave's last block uploads."""
         wave, block = divmod(index, self.blocks)
         if wave and not block:
             carry = self.start_wave(state, wave, carry.uploaded)
-        frozen = carry.frozen
-        if frozen is None:
-            frozen = self.client_models(state, self.members(wave))
+        kept = carry.training.frozen  # apart from what is donated, as the next block needs it
+        frozen = self.client_models(state, self.members(wave)) if kept is None else kept
         first = np.int32(block * self.settings.block_steps)
         inputs = self.inputs.replace(first_step=self.federation.layout.put_replicated(first))
-        training, metrics = self.block_all(inputs, self.clients(wave, frozen), carry.training)
-        after = carry.replace(training=training)
+        training, metrics = self.block_all(
+            inputs, self.clients(wave, frozen), carry.training.replace(frozen=None)
+        )
+        after = carry.replace(training=training.replace(frozen=kept))
         if self.offloaded is None:
             return after, metrics
         if block + 1 == self.blocks:
@@ -240,7 +244,7 @@ def stage(federation: Federation) -> Stage:
         block=generators.block,
         finish=generators.finish,
         artifacts={"samples": generators.samples},
-        stacks=frozenset({"training", "frozen"}),
+        stacks=frozenset({"training"}),
         client_steps=generators.settings.block_steps * generators.wave_size,
         upload=trees.num_bytes(upload_shapes(federation)),
     )

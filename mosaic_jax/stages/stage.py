@@ -66,7 +66,7 @@ class Stage:
     upload: np.ndarray | int = 0
 
     def run(self, state: State) -> State:
-        """Run the whole stage and return the state it leaves; save and log nothing."""
+        """Run the whole stage and return the state it leaves; save and log nothing (notebooks)."""
         carry = self.start(state)
         for index in range(self.blocks):
             carry, _ = self.block(state, carry, index)

@@ -90,8 +90,7 @@ def run_command(config: str, changes: Settings, *flags: str) -> list[str]:
 def run_to_end(config: Config, workdir: Path) -> dict[str, float]:
     """Run a config in this process unless it has ended; return its accuracies."""
     if not (workdir / "summary.json").exists():
-        federation = load_federation(config, offload_dir=workdir / "stacks")
-        experiment.run(federation, workdir, print_progress)
+        experiment.run(load_federation(config), workdir, print_progress)
     return accuracies(workdir)
 
 

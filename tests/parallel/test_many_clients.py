@@ -102,9 +102,7 @@ def test_a_bounded_run_that_was_stopped_is_the_unbounded_one(make_federation, tm
     Five clients in waves of two, so that the last wave is filled up.
     """
     settings = FIVE | {"model.width": 16, "run.checkpoint_every": 1}
-    federation = make_federation(
-        tmp_path / "run" / "stacks", **settings, **{"parallel.memory_gib": BOUND}
-    )
+    federation = make_federation(**settings, **{"parallel.memory_gib": BOUND})
     asked = iter(range(1000))
     with pytest.raises(experiment.Stopped):
         # two rounds, the experts' round, and three blocks: into the second wave
@@ -155,7 +153,7 @@ def test_a_bounded_run_that_was_stopped_is_the_unbounded_one(make_federation, tm
     ],
 )
 def test_a_bound_that_cannot_be_kept_is_refused(make_federation, tmp_path, settings, message):
-    federation = make_federation(tmp_path / "run" / "stacks", **MANY | settings)
+    federation = make_federation(**MANY | settings)
     with pytest.raises(UserError, match=message):
         experiment.run(federation, tmp_path / "run")
 
@@ -163,8 +161,9 @@ def test_a_bound_that_cannot_be_kept_is_refused(make_federation, tmp_path, setti
 def test_a_bound_without_a_work_directory_is_refused(make_federation):
     federation = make_federation(**{"parallel.memory_gib": 3e-4})
     assert wave_size(federation) < federation.num_clients
+    generators = Generators(federation)
     with pytest.raises(UserError, match="needs a work directory"):
-        Generators(federation)
+        generators.offloaded.directory()
 
 
 def test_as_many_clients_at_a_time_as_fit_on_every_device(make_federation):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mosaic_jax.models import submodel
-from mosaic_jax.stages import cohort, round
+from mosaic_jax.stages import cohort, federated_round
 from mosaic_jax.stages.local_update import ClientUpdate, RoundInputs
 from mosaic_jax.stages.teacher import expert_weights
 from tests.helpers import assert_close, member
@@ -28,7 +28,7 @@ def by_hand(narrow):
     for i, capacity in enumerate(CAPACITIES):
         client = member(narrow.clients.lists, i)
         scheme = narrow.config.submodel.scheme
-        channels = round.held_channels(narrow, capacity, scheme, variables, 2, i)
+        channels = federated_round.held_channels(narrow, capacity, scheme, variables, 2, i)
         module = narrow.classifier.module.clone(capacity=capacity)
         update = ClientUpdate(narrow, 3, module=module)
         received = submodel.extract(variables, groups, channels)
@@ -44,7 +44,7 @@ def by_hand(narrow):
 
 def start(federation, variables):
     """State of the first round, whose buffers the round takes over."""
-    return federation.layout.copy_for_donation(round.RoundState(variables, {}))
+    return federation.layout.copy_for_donation(federated_round.RoundState(variables, {}))
 
 
 def mean_over_holders(results, weights, previous):
@@ -60,7 +60,7 @@ def mean_over_holders(results, weights, previous):
 
 def test_a_round_averages_each_element_over_its_holders(narrow, by_hand):
     variables, inputs, results = by_hand
-    run = round.round_function(narrow, ClientUpdate(narrow, 3), return_models=True)
+    run = federated_round.round_function(narrow, ClientUpdate(narrow, 3), return_models=True)
     weights = cohort.equal_weights(narrow)
     members = cohort.cohort_of(narrow, np.arange(3), weights)
     after = run(start(narrow, variables), inputs, members)
@@ -79,7 +79,7 @@ def test_a_round_averages_each_element_over_its_holders(narrow, by_hand):
 
 def test_what_nobody_in_the_round_holds_stays(narrow, by_hand):
     variables, inputs, results = by_hand
-    run = round.round_function(narrow, ClientUpdate(narrow, 3))
+    run = federated_round.round_function(narrow, ClientUpdate(narrow, 3))
     weights = cohort.size_weights(narrow)
     members = cohort.cohort_of(narrow, np.array([1, 2]), weights)
     after = run(start(narrow, variables), inputs, members)
@@ -97,7 +97,7 @@ def test_what_nobody_in_the_round_holds_stays(narrow, by_hand):
 def test_experts_are_averaged_over_the_holders_of_class_and_element(narrow, by_hand):
     """A class's holders where one of them holds the element, else everybody who does."""
     variables, inputs, results = by_hand
-    run = round.round_function(narrow, ClientUpdate(narrow, 3))
+    run = federated_round.round_function(narrow, ClientUpdate(narrow, 3))
     rows, _ = expert_weights(narrow.clients.class_counts)
     sizes = cohort.size_weights(narrow)
     members = cohort.cohort_of(narrow, np.arange(3), np.concatenate([sizes, rows.T], axis=1))

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from mosaic_jax import trees
-from mosaic_jax.stages import cohort, round, rounds
+from mosaic_jax.stages import cohort, federated_round, rounds
 from mosaic_jax.stages.local_update import ClientUpdate
 from tests.helpers import assert_close, assert_same, differ, member
 from tests.stages.unequal import COUNTS, KEY, SMALL, unequal
@@ -19,18 +19,18 @@ PLAIN = {"local_update.weight_decay": 0.0}
 def one_round(update, variables, own=None):
     """Return the result of one round of all clients, and its inputs."""
     federation = update.federation
-    run = round.round_function(federation, update, return_models=True)
+    run = federated_round.round_function(federation, update, return_models=True)
     inputs = inputs_of(federation, 0)
     members = cohort.cohort_of(federation, np.arange(3), cohort.size_weights(federation))
     own = trees.broadcast(update.initial_own(variables), 3) if own is None else own
-    start = federation.layout.copy_for_donation(round.RoundState(variables, own), {"own"})
+    start = federation.layout.copy_for_donation(federated_round.RoundState(variables, own), {"own"})
     return run(start, inputs, members)
 
 
 def inputs_of(federation, index):
     """Return what all clients are given in a round."""
     key = federation.layout.put_replicated(KEY)
-    return round.round_inputs(
+    return federated_round.round_inputs(
         federation, key, steps=STEPS, learning_rate=RATE, index=index, first_round=0
     )
 
@@ -173,7 +173,7 @@ def test_a_part_that_stays_on_the_client_comes_back_in_its_next_round(variables)
 def trained_head(training, received, client, index):
     """Return the head that a client trains in a round of the stage, by itself."""
     federation, update = training.federation, training.update
-    inputs = round.round_inputs(
+    inputs = federated_round.round_inputs(
         federation, training.key, steps=STEPS, learning_rate=RATE, index=index, first_round=0
     )
     lists = member(federation.clients.lists, client)

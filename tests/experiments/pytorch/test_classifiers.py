@@ -15,7 +15,7 @@ from experiments.speed.pytorch_baseline import data as torch_data  # noqa: E402
 from experiments.speed.pytorch_baseline import evaluation as torch_evaluation  # noqa: E402
 from experiments.speed.pytorch_baseline import local_update as torch_local  # noqa: E402
 from mosaic_jax.data.batches import batches_per_epoch, epoch_batch, to_float  # noqa: E402
-from mosaic_jax.stages import cohort, model_aggregation, round  # noqa: E402
+from mosaic_jax.stages import cohort, federated_round, model_aggregation  # noqa: E402
 from mosaic_jax.stages.evaluation import evaluator, predictor  # noqa: E402
 from mosaic_jax.stages.local_update import Batch, ClientUpdate  # noqa: E402
 from mosaic_jax.stages.teacher import expert_weights  # noqa: E402
@@ -114,10 +114,10 @@ def test_round(federation, record, request):
     """FedAvg of all clients."""
     steps, inputs = 3, round_inputs(federation)
     variables = perturbed(federation)
-    run = round.round_function(federation, ClientUpdate(federation, steps))
+    run = federated_round.round_function(federation, ClientUpdate(federation, steps))
     sizes = cohort.size_weights(federation)
     members = cohort.cohort_of(federation, np.arange(federation.num_clients), sizes)
-    state = round.RoundState(federation.layout.copy_for_donation(variables), own={})
+    state = federated_round.RoundState(federation.layout.copy_for_donation(variables), own={})
     expected = run(state, inputs, members)
     model = classifier(federation, variables)
     server = [tensor.clone() for tensor in torch_local.tensors(model)]
