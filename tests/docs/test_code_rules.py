@@ -1,4 +1,4 @@
-"""The house rules that can be counted: lengths, names at the top, imports of tests, docstrings.
+"""Rules of the code that can be counted: lengths, names at the top, imports of tests, docstrings.
 
 The source is only parsed, never imported.
 """
