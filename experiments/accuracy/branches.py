@@ -9,8 +9,9 @@ import json
 import shutil
 from pathlib import Path
 
+from mosaic_jax.methods.mosaic import STAGES
 from mosaic_jax.run.metrics import MetricsFile
-from mosaic_jax.sweep.launch import STAGES, Settings
+from mosaic_jax.sweep.launch import Settings
 
 
 def shared_stages(changes: Settings) -> tuple[str, ...]:

@@ -18,14 +18,18 @@ from mosaic_jax.stages import (
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.stages.stage import Stage
 
-SECTIONS = {
+STAGES = (
+    "local_update",
     "model_aggregation",
     "generator_optimization",
     "prototypes",
     "meta_model",
     "knowledge_distillation",
     "fine_tuning",
-}
+)
+"""Names of the stages in their order; each is also the section of settings it depends on first."""
+
+SECTIONS = set(STAGES)
 UNUSED: set[str] = set()
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jax
 
+from mosaic_jax.methods.mosaic import STAGES
 from mosaic_jax.plan.chips import CHIPS
 from mosaic_jax.plan.pod import plan_slice, settings_of, slice_mesh
 from mosaic_jax.plan.tables import SCALING, scaling_rows, show
@@ -44,8 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
       UserError: something that cannot be planned.
     """
-    if arguments.until not in ("", *launch.STAGES):
-        raise UserError(unknown_name("stage", arguments.until, list(launch.STAGES)))
+    if arguments.until not in ("", *STAGES):
+        raise UserError(unknown_name("stage", arguments.until, STAGES))
     for dtype in arguments.dtypes:
         settings_of(arguments, arguments.clients or arguments.clients_per_chip, dtype, None)
     for topology in arguments.topology:

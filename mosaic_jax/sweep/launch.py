@@ -17,7 +17,13 @@ from mosaic_jax.config import Config
 from mosaic_jax.federation import load_federation
 from mosaic_jax.run import experiment
 from mosaic_jax.run.reader import load
-from mosaic_jax.run.results import result_rows
+from mosaic_jax.run.results import (
+    AVERAGED_MODEL,
+    DISTILLED_STUDENT,
+    GLOBAL_MODEL,
+    TUNED_STUDENT,
+    result_rows,
+)
 from mosaic_jax.types import UserError
 
 Settings = Mapping[str, Any]
@@ -26,21 +32,11 @@ Settings = Mapping[str, Any]
 GetConfig = Callable[[str], ConfigDict]
 """A config file's function: from its options to its settings."""
 
-STAGES = (  # in order; each named like the section of the settings it depends on first
-    "local_update",
-    "model_aggregation",
-    "generator_optimization",
-    "prototypes",
-    "meta_model",
-    "knowledge_distillation",
-    "fine_tuning",
-)
-
 FINAL_ROWS = (
-    "student after fine-tuning",
-    "student after distillation",
-    "global model, last round",
-    "global model (FedAvg)",
+    TUNED_STUDENT.label,
+    DISTILLED_STUDENT.label,
+    f"{GLOBAL_MODEL.label}, last round",
+    AVERAGED_MODEL.label,
 )
 """Labels of the model a method ends with; the first one in a run's result table counts."""
 

@@ -4,6 +4,7 @@ import pytest
 
 from configs import digits, fashion_mnist
 from experiments.accuracy import ablation, branches, distillation_gap
+from mosaic_jax.methods.mosaic import STAGES
 from mosaic_jax.sweep import launch
 from tests.helpers import lines, tiny_config
 
@@ -20,8 +21,8 @@ from tests.helpers import lines, tiny_config
     ],
 )
 def test_stages_before_the_first_change_are_shared(changes, last):
-    end = 0 if last is None else launch.STAGES.index(last) + 1
-    assert branches.shared_stages(changes) == launch.STAGES[:end]
+    end = 0 if last is None else STAGES.index(last) + 1
+    assert branches.shared_stages(changes) == STAGES[:end]
 
 
 def test_a_branch_ends_like_a_run_of_its_own(tmp_path, capsys):

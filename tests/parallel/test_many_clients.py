@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mosaic_jax import rng, trees
+from mosaic_jax.methods.mosaic import STAGES
 from mosaic_jax.parallel import offload
 from mosaic_jax.report import figures
 from mosaic_jax.run import experiment
@@ -17,7 +18,6 @@ from mosaic_jax.run.metrics import MetricsFile
 from mosaic_jax.run.reader import load
 from mosaic_jax.stages import generator_ensemble, knowledge_distillation
 from mosaic_jax.stages.generator_optimization import Generators, wave_size
-from mosaic_jax.sweep.launch import STAGES
 from mosaic_jax.types import UserError
 
 KEY = jax.random.key(3)

@@ -11,6 +11,13 @@ import pytest
 
 from mosaic_jax.run import checkpoint
 from mosaic_jax.run.checkpoint import KEPT, StageCheckpoints, checksum
+from mosaic_jax.stages.client_generator import GeneratorState
+from mosaic_jax.stages.federated_round import RoundState
+from mosaic_jax.stages.generator_optimization import WaveState
+from mosaic_jax.stages.knowledge_distillation import StudentState
+from mosaic_jax.stages.model_aggregation import Aggregated
+from mosaic_jax.stages.prototypes import Prototypes
+from mosaic_jax.stages.server_distillation import ServerState
 from mosaic_jax.types import UserError
 
 OPTIMIZER = optax.chain(optax.add_decayed_weights(1e-4), optax.adam(1e-3))
@@ -231,3 +238,31 @@ def test_the_checksum_is_of_any_type_and_shape(dtype):
     shapes = ((), (2, 3), (3, 2), (0,))
     assert len({checksum([np.zeros(shape, dtype)]) for shape in shapes}) == 4
     assert checksum([np.ones(3, dtype)]) != checksum([np.zeros(3, dtype)])
+
+
+@pytest.mark.parametrize(
+    "carry",
+    [
+        RoundState(model=0, own=1, server=2),
+        ServerState(average=0, generator=1, optimizer=2),
+        Aggregated(client_models=0, experts=1, model=2),
+        Prototypes(features=0, labels=1, valid=2),
+        StudentState(optimizer=0, student=1),
+        WaveState(
+            GeneratorState(
+                adversary=0,
+                adversary_optimizer=1,
+                average=2,
+                frozen=3,
+                generator=4,
+                generator_optimizer=5,
+                ema_batch_stats=6,
+            ),
+            uploaded=7,
+        ),
+    ],
+    ids=lambda carry: type(carry).__name__,
+)
+def test_leaves_stand_in_the_order_in_which_they_are_saved(carry):
+    """Checkpoints hold leaves by number: another order would read one array as another."""
+    assert jax.tree.leaves(carry) == sorted(jax.tree.leaves(carry))
