@@ -6,7 +6,6 @@ axis. Their random draws do not depend on the padding.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import chex
@@ -17,8 +16,8 @@ from flax import struct
 
 from mosaic_jax.types import Array, UserError
 
-BLACK = -1.0
-"""Value of a black pixel, for the frame around cropped images."""
+ROUNDS = 24
+"""Rounds of a shuffle. Each halves the bias of an image's place, so 2^-24 of it remains."""
 
 
 class ClientLists(struct.PyTreeNode):
@@ -109,19 +108,34 @@ def epoch_batch(
     """
     chex.assert_rank([index, size, step], [1, 0, 0])
     epoch, batch = jnp.divmod(step, batches_per_epoch(size, batch_size))
-    order = _shuffled(index.shape[0], size, jax.random.fold_in(key, epoch))
     slot = batch * batch_size + jnp.arange(batch_size)
     mask = (slot < size).astype(jnp.float32)
-    entry = order[jnp.minimum(slot, size - 1)]
-    return jnp.asarray(index)[entry], mask
+    place = _place(jnp.minimum(slot, size - 1), size, jax.random.fold_in(key, epoch))
+    return jnp.asarray(index)[place], mask
 
 
-def _shuffled(padded_size: int, size: Array | int, key: Array) -> Array:
-    """Permute [0, padded_size) so that the numbers below `size` come first, in random order."""
-    # JAX's partitionable threefry draws bits by position, so more padding changes none of them.
-    bits = jax.random.bits(key, (padded_size,), jnp.uint32) >> 1
-    is_padding = jnp.arange(padded_size) >= size
-    return jnp.argsort(jnp.where(is_padding, jnp.uint32(0xFFFFFFFF), bits), stable=True)
+def _place(slot: Array, size: Array | int, key: Array) -> Array:
+    """Return the places of slots in a random order of [0, size), int32 in the shape of `slot`.
+
+    Slots [0, size) go to different places. The cost depends on the number of slots alone: this is
+    the swap-or-not shuffle (Hoang, Morris and Rogaway 2012). Every round pairs the places at
+    random, each with the one that complements it to a random sum, and swaps half of the pairs.
+    """
+    size = jnp.asarray(size).astype(jnp.uint32)
+    sums, salts = jax.random.bits(key, (2, ROUNDS), jnp.uint32)
+    place = slot.astype(jnp.uint32)
+    for total, salt in zip(sums % size, salts, strict=True):
+        partner = jnp.where(place <= total, total - place, total - place + size)
+        is_swapped = _scramble(jnp.maximum(place, partner) ^ salt) >> 31 == 1
+        place = jnp.where(is_swapped, partner, place)
+    return place.astype(jnp.int32)
+
+
+def _scramble(bits: Array) -> Array:
+    """Map uint32 one to one to numbers that look random ("lowbias32", C. Wellons, 2018)."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+    return bits ^ (bits >> 16)
 
 
 def uniform_batch(index: Array, size: Array | int, *, key: Array, batch_size: int) -> Array:
@@ -136,31 +150,3 @@ def uniform_batch(index: Array, size: Array | int, *, key: Array, batch_size: in
     chex.assert_rank([index, size], [1, 0])
     slot = jax.random.randint(key, (batch_size,), 0, size)
     return jnp.asarray(index)[slot]
-
-
-def crop_and_flip(images: Array, key: Array, padding: int, flip: bool) -> Array:
-    """Augment images: crop each at random from a black frame, and mirror half of them.
-
-    Args:
-      images: float [batch, height, width, channels] in [-1, 1].
-      key: random key of this batch.
-      padding: width of the frame in pixels; 0 shifts nothing.
-      flip: whether to mirror left and right with probability one half.
-    """
-    chex.assert_rank(images, 4)
-    crop_key, flip_key = jax.random.split(key)
-    if padding:
-        images = _crop(images, crop_key, padding)
-    if flip:
-        is_mirrored = jax.random.bernoulli(flip_key, shape=(images.shape[0], 1, 1, 1))
-        images = jnp.where(is_mirrored, images[:, :, ::-1], images)
-    return images
-
-
-def _crop(images: Array, key: Array, padding: int) -> Array:
-    """Crop every image at a random corner of its black frame, back to the image's size."""
-    frame = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    framed = jnp.pad(images, frame, constant_values=BLACK)
-    corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * padding + 1)
-    cut = partial(jax.lax.dynamic_slice, slice_sizes=images.shape[1:])
-    return jax.vmap(lambda image, corner: cut(image, (*corner, 0)))(framed, corners)

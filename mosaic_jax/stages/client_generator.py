@@ -11,7 +11,8 @@ import optax
 from flax import struct
 
 from mosaic_jax import rng, trees
-from mosaic_jax.data.batches import ClientLists, crop_and_flip, to_float, uniform_batch
+from mosaic_jax.data.augmentation import crop_and_flip
+from mosaic_jax.data.batches import ClientLists, to_float, uniform_batch
 from mosaic_jax.federation import Federation
 from mosaic_jax.stages.adversary import Adversary
 from mosaic_jax.stages.generator_ensemble import build_generator

@@ -137,9 +137,13 @@ def _unless_diverged(
     """
     leaves = [*jax.tree.leaves(trained), metrics["loss"]]
     finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
-    trained = jax.tree.map(lambda new, old: jnp.where(finite, new, old), trained, received)
-    metrics = {name: jnp.where(finite, value, 0.0) for name, value in metrics.items()}
-    took_part = finite.astype(jnp.float32)
+    nothing = jax.tree.map(jnp.zeros_like, metrics)
+    # Not `where` on every leaf: XLA:CPU would repeat the test of all leaves in each of them.
+    trained, metrics, took_part = jax.lax.cond(
+        finite,
+        lambda: (trained, metrics, jnp.ones(())),
+        lambda: (received, nothing, jnp.zeros(())),
+    )
     return trained, metrics | {"diverged": 1 - took_part}, took_part
 
 

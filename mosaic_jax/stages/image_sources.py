@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mosaic_jax import rng, trees
-from mosaic_jax.data.batches import crop_and_flip, to_float
+from mosaic_jax.data.augmentation import crop_and_flip
+from mosaic_jax.data.batches import to_float
 from mosaic_jax.federation import Federation
 from mosaic_jax.parallel import offload
 from mosaic_jax.stages.generator_ensemble import Ensemble, log_class_prior

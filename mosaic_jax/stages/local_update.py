@@ -15,7 +15,8 @@ import optax
 from flax import struct
 
 from mosaic_jax import rng
-from mosaic_jax.data.batches import ClientLists, crop_and_flip, epoch_batch, to_float
+from mosaic_jax.data.augmentation import crop_and_flip
+from mosaic_jax.data.batches import ClientLists, epoch_batch, to_float
 from mosaic_jax.federation import Federation
 from mosaic_jax.types import Array, Outputs, PyTree, TrainingImages, Variables
 

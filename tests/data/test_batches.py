@@ -1,4 +1,4 @@
-"""Batches: every image once an epoch, whatever the padding; crops and flips."""
+"""Batches: every image once an epoch, in uniform orders, whatever the padding."""
 
 import itertools
 
@@ -123,18 +123,51 @@ def test_dropped_single_image_changes_from_epoch_to_epoch() -> None:
     assert len(dropped) > 3
 
 
-def test_epoch_order_is_uniform() -> None:
-    """Every image comes first equally often: 600 shuffles of six images, chi-square at 0.1%."""
-    (client,) = packed(6, capacity=10)
-    keys = jax.random.split(jax.random.key(0), 600)
+def orders(size: int, number: int, padded: int | None = None) -> np.ndarray:
+    """The orders [number, size] of a client's images, each with another key."""
+    padded = padded or size
     draw = jax.vmap(
         lambda key: batches.epoch_batch(
-            client.index, client.size, step=0, key=key, batch_size=BATCH
-        )[0][0]
+            jnp.arange(padded), size, step=0, key=key, batch_size=padded
+        )[0][:size]
     )
-    counts = np.unique(draw(keys), return_counts=True)[1]
-    assert len(counts) == 6
-    assert ((counts - 100) ** 2 / 100).sum() < 20.5
+    return np.asarray(jax.jit(draw)(jax.random.split(jax.random.key(0), number)))
+
+
+def test_every_size_has_whole_epochs() -> None:
+    """One batch that holds the epoch has every image once, for all sizes to 3,000 and some more."""
+    index, whole = jnp.arange(2**17), 2**17
+    for batch_size, sizes in ((3000, range(1, 3001)), (whole, (2**16 - 1, 2**16, 50_000, whole))):
+        for size in sizes:
+            found, mask = epoch_batch(
+                index, size, step=1, key=jax.random.key(2), batch_size=batch_size
+            )
+            assert np.bincount(np.asarray(found)[:size], minlength=size).tolist() == [1] * size
+            assert mask.sum() == size
+
+
+def test_all_orders_are_equally_likely() -> None:
+    """20,000 orders of four images, and what follows from it: chi-squared at 0.1%."""
+    found = orders(4, 20_000, padded=7)
+    counts = np.unique(found, axis=0, return_counts=True)[1]
+    assert len(counts) == 24
+    assert ((counts - 20_000 / 24) ** 2 / (20_000 / 24)).sum() < 49.7, "23 degrees of freedom"
+
+
+@pytest.mark.parametrize("size", [17, 64])
+def test_places_and_neighbours_are_uniform(size: int) -> None:
+    """Image by place, and image by the image before it, in 20,000 orders: chi-squared at 0.1%."""
+    found = orders(size, 20_000)
+    places = np.stack([np.bincount(column, minlength=size) for column in found.T])
+    pairs = np.bincount((found[:, 1:] * size + found[:, :-1]).ravel(), minlength=size * size)
+    pairs = pairs.reshape(size, size)
+    assert not pairs.diagonal().any()
+    off_diagonal = pairs[~np.eye(size, dtype=bool)]
+    for counts, freedom in ((places.ravel(), (size - 1) ** 2), (off_diagonal, size * (size - 1))):
+        statistic = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+        # Wilson and Hilferty's approximation of the quantile at 0.1%.
+        limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+        assert statistic < limit
 
 
 def test_batches_under_vmap_and_scan_are_those_of_one_client() -> None:
@@ -167,40 +200,3 @@ def test_uniform_batch_draws_from_all_valid_entries() -> None:
     values, counts = np.unique(drawn, return_counts=True)
     np.testing.assert_array_equal(values, client.index[:5])
     assert ((counts - 400) ** 2 / 400).sum() < 18.5, "chi-square at 0.1%"
-
-
-@pytest.fixture
-def pictures() -> jax.Array:
-    return jax.random.uniform(jax.random.key(9), (64, 6, 6, 2), minval=-0.9, maxval=0.9)
-
-
-def test_no_augmentation_is_the_identity(pictures: jax.Array) -> None:
-    same = batches.crop_and_flip(pictures, jax.random.key(0), padding=0, flip=False)
-    np.testing.assert_array_equal(same, pictures)
-
-
-def test_flip_mirrors_about_half(pictures: jax.Array) -> None:
-    flipped = batches.crop_and_flip(pictures, jax.random.key(0), padding=0, flip=True)
-    kept = (flipped == pictures).all((1, 2, 3))
-    mirrored = (flipped == pictures[:, :, ::-1]).all((1, 2, 3))
-    assert (kept ^ mirrored).all()
-    assert 16 < kept.sum() < 48
-
-
-def test_crop_shifts_each_image_within_the_frame(pictures: jax.Array) -> None:
-    augment = jax.jit(batches.crop_and_flip, static_argnames=("padding", "flip"))
-    cropped = np.asarray(augment(pictures, jax.random.key(0), padding=2, flip=False))
-    assert cropped.shape == pictures.shape
-    assert cropped.min() == -1.0
-    framed = np.pad(pictures, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-1)
-    corners = set()
-    for image, frame in zip(cropped, framed, strict=True):
-        matches = [
-            (row, column)
-            for row in range(5)
-            for column in range(5)
-            if (frame[row : row + 6, column : column + 6] == image).all()
-        ]
-        assert len(matches) == 1
-        corners.update(matches)
-    assert len(corners) > 15, "64 draws out of 25 corners"

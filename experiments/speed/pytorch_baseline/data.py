@@ -41,9 +41,41 @@ def epochs(index: Tensor, batch_size: int) -> Iterator[Tensor]:
         yield from order[:end].split(batch_size)
 
 
+def frame(images: Tensor, padding: int, fill: float = BLACK) -> Tensor:
+    """Put a frame of `padding` pixels around images `[n, h, w, c]`."""
+    return F.pad(images, (0, 0, *[padding] * 4), value=fill)
+
+
 def corners(batch: int, padding: int, device: torch.device) -> Tensor:
     """Draw where to cut each image out of its frame: int64 `[batch, 2]` in [0, 2 padding]."""
     return torch.randint(0, 2 * padding + 1, (batch, 2), device=device)
+
+
+def cut(
+    framed: Tensor, positions: Tensor, corners: Tensor, is_mirrored: Tensor | None, padding: int
+) -> Tensor:
+    """Cut images out of their frames and mirror some: one gather of whole pixels.
+
+    Args:
+      framed: `[n, h + 2 padding, w + 2 padding, c]`. With the whole data set framed beforehand, a
+        batch takes no other copy.
+      positions: of the images, int64 `[batch]`.
+      corners: `[batch, 2]`.
+      is_mirrored: bool `[batch]`, or None for no mirror images.
+      padding: of the frame.
+
+    Returns:
+      A channels-last batch `[batch, c, h, w]`.
+    """
+    tall, wide, channels = framed.shape[1:]
+    height, width = tall - 2 * padding, wide - 2 * padding
+    order = torch.arange(width, device=framed.device)
+    if is_mirrored is not None:
+        order = torch.where(is_mirrored[:, None], order.flip(0), order)
+    rows = positions[:, None] * tall + corners[:, :1] + torch.arange(height, device=framed.device)
+    pixels = rows[:, :, None] * wide + (corners[:, 1:] + order)[:, None, :]
+    taken = framed.reshape(-1, channels).index_select(0, pixels.view(-1))
+    return taken.view(len(positions), height, width, channels).permute(0, 3, 1, 2)
 
 
 def crop(images: Tensor, corners: Tensor, padding: int) -> Tensor:
@@ -58,24 +90,15 @@ class _Crop(torch.autograd.Function):
     def forward(ctx: Any, images: Tensor, corners: Tensor, padding: int) -> Tensor:
         ctx.save_for_backward(corners)
         ctx.padding = padding
-        return _cut(images, corners, padding, BLACK)
+        return _shifted(images, corners, padding, BLACK)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (corners,) = ctx.saved_tensors
-        return _cut(gradient, 2 * ctx.padding - corners, ctx.padding, 0.0), None, None
+        return _shifted(gradient, 2 * ctx.padding - corners, ctx.padding, 0.0), None, None
 
 
-def _cut(images: Tensor, corners: Tensor, padding: int, fill: float) -> Tensor:
-    height, width = images.shape[2:]
-    framed = F.pad(images.permute(0, 2, 3, 1), (0, 0, *[padding] * 4), value=fill)
-    device = images.device
-    rows = corners[:, :1] + torch.arange(height, device=device)
-    columns = corners[:, 1:] + torch.arange(width, device=device)
-    image = torch.arange(len(images), device=device)[:, None, None]
-    return framed[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def flip(images: Tensor, is_mirrored: Tensor) -> Tensor:
-    """Mirror the images `[batch, c, h, w]` where `is_mirrored` `[batch]` is true."""
-    return torch.where(is_mirrored[:, None, None, None], images.flip(3), images)
+def _shifted(images: Tensor, corners: Tensor, padding: int, fill: float) -> Tensor:
+    framed = frame(images.permute(0, 2, 3, 1), padding, fill)
+    every = torch.arange(len(images), device=images.device)
+    return cut(framed, every, corners, None, padding)

@@ -88,6 +88,7 @@ class Mosaic:
         refuse_what_is_not_built(work.config)
         self.work, self.config, self.device, self.chunk = work, work.config, device, chunk
         self.images = data.to_float(work.train_images, device)
+        self.framed = data.frame(self.images, self.config.data.crop_padding)
         self.labels = torch.from_numpy(work.train_labels).long().to(device)
         self.test_images = data.to_float(work.test_images, device)
         self.test_labels = torch.from_numpy(work.test_labels).long().to(device)
@@ -112,15 +113,18 @@ class Mosaic:
 
     def batches(self, client: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `steps` augmented batches of a client."""
-        augment, size = self.config.data, self.config.local_update.batch_size
+        size = self.config.local_update.batch_size
         for positions in islice(data.epochs(self.index[client], size), steps):
-            images = data.take(self.images, positions)
-            if augment.crop_padding:
-                corners = data.corners(len(positions), augment.crop_padding, self.device)
-                images = data.crop(images, corners, augment.crop_padding)
-            if augment.flip:
-                images = data.flip(images, torch.rand(len(positions), device=self.device) < 0.5)
-            yield images, self.labels.index_select(0, positions)
+            yield self.augmented(positions), self.labels.index_select(0, positions)
+
+    def augmented(self, positions: Tensor) -> Tensor:
+        """Gather a batch `[batch, c, h, w]`, cropped and mirrored at random if set."""
+        augment, batch = self.config.data, len(positions)
+        if not (augment.crop_padding or augment.flip):
+            return data.take(self.images, positions)
+        corners = data.corners(batch, augment.crop_padding, self.device)
+        is_mirrored = torch.rand(batch, device=self.device) < 0.5 if augment.flip else None
+        return data.cut(self.framed, positions, corners, is_mirrored, augment.crop_padding)
 
     def local_round(
         self, learning_rate: float, steps: int, batch_norm: str = "train", keep: bool = False
