@@ -6,7 +6,9 @@ devices). Functions take the part they need; stages take the whole.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
 
@@ -19,7 +21,7 @@ from jax.sharding import Mesh
 from mosaic_jax import rng
 from mosaic_jax.config import Config
 from mosaic_jax.data import batches, partition, sources
-from mosaic_jax.data.batches import ClientLists
+from mosaic_jax.data.batches import ClientLists, to_float
 from mosaic_jax.models import build_classifier, check_classifier, submodel
 from mosaic_jax.parallel import Layout, hosts
 from mosaic_jax.types import Array, Dataset, Outputs, TrainingImages, Variables
@@ -136,6 +138,19 @@ class Federation:
     def has_submodels(self) -> bool:
         """Whether some client holds less than the whole model."""
         return any(group.capacity < 1 for group in self.groups)
+
+    @cached_property
+    def classify(self) -> Callable[[Variables, Array], Array]:
+        """The whole classifier on images, one program for all evaluations.
+
+        `(variables, images uint8 [chunks, chunk, h, w, c]) -> logits [chunks, chunk, classes]`;
+        the chunks are sharded over the devices.
+        """
+
+        def logits(variables: Variables, images: Array) -> Array:
+            return self.classifier.apply_eval(variables, to_float(images)).logits
+
+        return self.layout.jit(self.layout.map_clients(logits))
 
     def key(self, stage: str, round_index: int = 0) -> Array:
         """Return the key of one stage and round of this run."""

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from mosaic_jax import trees
 from mosaic_jax.config import Parallel
 from mosaic_jax.parallel import client_map, devices
+from mosaic_jax.parallel.programs import Program, is_abstract
 from mosaic_jax.types import PyTree, UserError
 
 
@@ -59,15 +60,17 @@ class Layout:
         return client_map.reduce_clients(function, self.mesh, self.lanes, debug=self.debug)
 
     def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """Compile with `jax.jit`; in debug mode, return the function itself."""
-        return function if self.debug else jax.jit(function, **options)
+        """Compile with `jax.jit`, see `programs.Program`; in debug mode, return the function."""
+        return function if self.debug else Program(function, self.mesh, **options)
 
     def put_replicated(self, tree: PyTree) -> PyTree:
         """Put numbers, keys and arrays on every device: the arguments of compiled blocks."""
-        return devices.put_replicated(self.mesh, tree)
+        return tree if is_abstract(tree) else devices.put_replicated(self.mesh, tree)
 
     def to_host(self, tree: PyTree) -> PyTree:
-        """Gather results of compiled blocks as NumPy arrays."""
+        """Gather results of compiled blocks as NumPy arrays; make zeros of shapes."""
+        if is_abstract(tree):
+            return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
         return devices.to_host(tree)
 
     def num_lanes(self, clients: int) -> int:
@@ -117,6 +120,8 @@ class Layout:
         def copied(tree: PyTree) -> PyTree:
             return jax.tree_util.tree_map_with_path(copy, tree)
 
+        if is_abstract(carry):
+            return Program(copied, self.mesh).shapes(carry)
         return self.jit(copied)(carry)
 
     def zeros_like_output(self, function: Callable[..., PyTree], *args: PyTree) -> PyTree:

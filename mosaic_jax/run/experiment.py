@@ -19,6 +19,7 @@ from mosaic_jax import methods, trees
 from mosaic_jax.federation import Federation
 from mosaic_jax.parallel import hosts
 from mosaic_jax.run import workdir as files
+from mosaic_jax.run.ahead import compiling_ahead
 from mosaic_jax.run.checkpoint import StageCheckpoints
 from mosaic_jax.run.metrics import MetricsFile, check_clients, check_finite, check_state
 from mosaic_jax.stages.stage import Stage, State
@@ -88,8 +89,9 @@ def _run_stages(context: RunContext, stages: list[Stage]) -> State:
     federation, workdir, metrics = context.federation, context.workdir, context.metrics
     hosts.run_on_primary(lambda: files.describe(workdir, federation))
     state: State = {"global": federation.initial_variables()}
-    for index, stage in enumerate(stages):
-        state = run_stage(context, stage, state, stages[index + 1 :])
+    with compiling_ahead(federation, stages, state):
+        for index, stage in enumerate(stages):
+            state = run_stage(context, stage, state, stages[index + 1 :])
     hosts.run_on_primary(lambda: files.save_summary(workdir, files.summarise(stages, metrics)))
     return state
 

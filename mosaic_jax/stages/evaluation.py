@@ -5,7 +5,7 @@ validation part of the clients' data (`data.validation_fraction`).
 """
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -16,37 +16,57 @@ from mosaic_jax.parallel import CHUNK, take_clients
 from mosaic_jax.stages.stage import State
 from mosaic_jax.types import Array, Outputs, PyTree, Variables
 
-Predictor = Callable[[PyTree, np.ndarray], np.ndarray]
-"""(variables, images uint8 [n, h, w, c]) -> logits [n, classes]."""
+Predictor = Callable[[PyTree, np.ndarray], Any]
+"""(variables, images uint8 [n, h, w, c]) -> arrays [n, ...], of the classifier logits [n, classes].
+"""
 
 
 def evaluator(
     federation: Federation, predict: Predictor | None = None
 ) -> Callable[[PyTree], dict[str, float]]:
-    """Return `evaluate(variables) -> metrics`.
+    """Return `evaluate(variables) -> metrics`, see `accuracies`.
 
     Args:
       federation: test set, validation part and layout.
-      predict: see `predictor`; the classifier's if not given.
-
-    Returns:
-      A function giving `test_accuracy`, `local_test_accuracy` (mean over clients of the accuracy
-      on test images that follow the client's class distribution) and, where a validation part is
-      held out, `validation_accuracy`. Accuracies are fractions.
+      predict: gives logits; the classifier's if not given.
     """
-    predict, shards = predict or predictor(federation), federation.clients.local_test_shards
-    dataset, validation = federation.dataset, federation.clients.validation
+    predict, sets = predict or predictor(federation), evaluated_images(federation)
 
     def evaluate(variables: PyTree) -> dict[str, float]:
-        correct = predict(variables, dataset.test_images).argmax(-1) == dataset.test_labels
-        local = [correct[shard].mean() for shard in shards if len(shard)]
-        metrics = {"test_accuracy": correct.mean(), "local_test_accuracy": np.mean(local)}
-        if len(validation):
-            classes = predict(variables, dataset.train_images[validation]).argmax(-1)
-            metrics["validation_accuracy"] = np.mean(classes == dataset.train_labels[validation])
-        return {name: float(value) for name, value in metrics.items()}
+        return accuracies(
+            federation, [predict(variables, images).argmax(axis=-1) for images in sets]
+        )
 
     return evaluate
+
+
+def evaluated_images(federation: Federation) -> list[np.ndarray]:
+    """Return the test images and, where one is held out, those of the validation part."""
+    dataset, validation = federation.dataset, federation.clients.validation
+    held_out = [dataset.train_images[validation]] if len(validation) else []
+    return [dataset.test_images, *held_out]
+
+
+def accuracies(federation: Federation, classes: list[np.ndarray]) -> dict[str, float]:
+    """Return the shares of right classes.
+
+    Args:
+      federation: labels, and the clients' shares of the test set.
+      classes: int [n], predicted for each of `evaluated_images`.
+
+    Returns:
+      `test_accuracy`, `local_test_accuracy` (mean over clients of the accuracy on test images that
+      follow the client's class distribution) and, where a validation part is held out,
+      `validation_accuracy`. Accuracies are fractions.
+    """
+    dataset, clients = federation.dataset, federation.clients
+    correct, shards = classes[0] == dataset.test_labels, clients.local_test_shards
+    local = [correct[shard].mean() for shard in shards if len(shard)]
+    metrics = {"test_accuracy": correct.mean(), "local_test_accuracy": np.mean(local)}
+    if len(clients.validation):
+        right = classes[1] == dataset.train_labels[clients.validation]
+        metrics["validation_accuracy"] = right.mean()
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def predictions(
@@ -67,28 +87,31 @@ def predictions(
 
 
 def predictor(
-    federation: Federation, logits: Callable[[PyTree, Array], Array] | None = None
+    federation: Federation, function: Callable[[PyTree, Array], PyTree] | None = None
 ) -> Predictor:
-    """Compile `predict(variables, images uint8 [n, h, w, c]) -> logits [n, classes]`.
+    """Return `predict(variables, images uint8 [n, h, w, c]) -> arrays [n, ...]` of whole sets.
 
-    The classifier's chunks of images are sharded over the devices. `logits` that are given are
-    called for one chunk after the other, since they shard their own work (the teacher's experts).
+    Args:
+      federation: classifier and layout.
+      function: (variables, images float [chunk, h, w, c]) -> arrays [chunk, ...], called for one
+        chunk after the other, since it shards its own work. If not given, the classifier's logits:
+        its chunks are sharded over the devices, and all its predictors share one program.
     """
-
-    def classify(variables: PyTree, images: Array) -> Array:
-        return federation.classifier.apply_eval(variables, to_float(images)).logits
-
-    def one_by_one(variables: PyTree, chunks: Array) -> Array:
-        assert logits is not None
-        return jax.lax.map(lambda images: logits(variables, to_float(images)), chunks)
-
     layout = federation.layout
-    mapped = layout.jit(one_by_one if logits else layout.map_clients(classify))
 
-    def predict(variables: PyTree, images: np.ndarray) -> np.ndarray:
-        result = mapped(variables, layout.put_replicated(_chunks(images)))
-        logits = np.asarray(layout.to_host(result))
-        return logits.reshape(-1, logits.shape[-1])[: len(images)]
+    def one_by_one(variables: PyTree, chunks: Array) -> PyTree:
+        assert function is not None
+        return jax.lax.map(lambda images: function(variables, to_float(images)), chunks)
+
+    mapped = layout.jit(one_by_one) if function else federation.classify
+
+    def predict(variables: PyTree, images: np.ndarray) -> PyTree:
+        results = layout.to_host(mapped(variables, layout.put_replicated(_chunks(images))))
+
+        def whole(leaf: np.ndarray) -> np.ndarray:
+            return np.asarray(leaf).reshape(-1, *leaf.shape[2:])[: len(images)]
+
+        return jax.tree.map(whole, results)
 
     return predict
 

@@ -17,16 +17,15 @@ from mosaic_jax import rng
 from mosaic_jax.data.batches import epoch_batch
 from mosaic_jax.federation import Federation
 from mosaic_jax.models import head_logits
-from mosaic_jax.stages.evaluation import evaluator, predictor
+from mosaic_jax.stages.evaluation import accuracies, evaluated_images, predictor
 from mosaic_jax.stages.prototypes import Prototypes
 from mosaic_jax.stages.stage import Metrics, Stage, State
 from mosaic_jax.stages.teacher import (
     Teacher,
     build_meta_model,
     class_expert_logits,
+    fusion,
     mixture,
-    teacher_logits,
-    uniform_logits,
 )
 from mosaic_jax.types import Array, PyTree, Variables
 
@@ -172,28 +171,34 @@ def stage(federation: Federation) -> Stage:
 
 
 class TeacherEvaluation:
-    """Metrics and predictions of the teacher, the plain ensemble and every class's expert."""
+    """Metrics and predictions of the teacher, the plain ensemble and every class's expert.
+
+    The experts see each image once for all three.
+    """
 
     def __init__(self, federation: Federation):
-        self.dataset = federation.dataset
-        experts = class_expert_logits(federation)
+        experts, fuse = class_expert_logits(federation), fusion(federation)
 
-        def classes(teacher: Teacher, images: Array) -> Array:
-            return experts(teacher, images).argmax(axis=-1)
+        def answers(teacher: Teacher, images: Array) -> dict[str, Array]:
+            tokens = experts(teacher, images)
+            return {
+                "teacher": fuse(teacher.meta, tokens),
+                "uniform": tokens.mean(axis=1),
+                "experts": tokens.argmax(axis=-1),
+            }
 
-        self.teacher = predictor(federation, teacher_logits(federation))
-        self.experts = predictor(federation, classes)
-        self.evaluators = {
-            "teacher": evaluator(federation, self.teacher),
-            "uniform": evaluator(federation, predictor(federation, uniform_logits(federation))),
-        }
+        self.federation, self.answers = federation, predictor(federation, answers)
 
     def evaluate(self, state: State) -> dict[str, float]:
         """Return the metrics of teacher and plain ensemble, by name."""
+        sets = evaluated_images(self.federation)
+        answers = [self.answers(_teacher(state), images) for images in sets]
         return {
             f"{name}_{metric}": value
-            for name, evaluate in self.evaluators.items()
-            for metric, value in evaluate(_teacher(state)).items()
+            for name in ("teacher", "uniform")
+            for metric, value in accuracies(
+                self.federation, [each[name].argmax(axis=-1) for each in answers]
+            ).items()
         }
 
     def predictions(self, state: State) -> dict[str, np.ndarray]:
@@ -201,11 +206,12 @@ class TeacherEvaluation:
 
         "teacher" and the true "labels" are [test], "experts" is [test, experts].
         """
-        tests, teacher = self.dataset.test_images, _teacher(state)
+        dataset = self.federation.dataset
+        answers = self.answers(_teacher(state), dataset.test_images)
         predicted = {
-            "teacher": self.teacher(teacher, tests).argmax(axis=-1),
-            "experts": self.experts(teacher, tests),
-            "labels": self.dataset.test_labels,
+            "teacher": answers["teacher"].argmax(axis=-1),
+            "experts": answers["experts"],
+            "labels": dataset.test_labels,
         }
         return {name: array.astype(np.int16) for name, array in predicted.items()}
 

@@ -129,30 +129,36 @@ def build_meta_model(federation: Federation) -> MetaModel:
     )
 
 
-def teacher_logits(federation: Federation) -> TeacherFunction:
-    """Return the mixture-of-experts teacher: t(x) = meta(f_1(x), ..., f_C(x)).
+def fusion(federation: Federation) -> Callable[[PyTree, Array], Array]:
+    """Return `(meta, experts' logits [batch, experts, classes]) -> logits [batch, classes]`.
 
-    A member's logits are computed on its device; the meta model fuses each device's share of the
-    images.
+    The meta model fuses each device's share of the images.
     """
-    layout, experts = federation.layout, class_expert_logits(federation)
-    fuse = _fusion(build_meta_model(federation))
+    layout, fuse = federation.layout, _in_chunks(build_meta_model(federation))
 
-    def teacher(variables: Teacher, images: Array) -> Array:
-        tokens = experts(variables, images)
+    def fused(meta: PyTree, tokens: Array) -> Array:
         chex.assert_rank(tokens, 3)
         where = layout.client_sharding(len(tokens)).spec
         if layout.debug or where == P():
-            return fuse(variables.meta, tokens)
+            return fuse(meta, tokens)
         sharded = jax.shard_map(
             fuse, mesh=layout.mesh, in_specs=(P(), where), out_specs=where, check_vma=False
         )
-        return cast(Array, sharded(variables.meta, tokens))
+        return cast(Array, sharded(meta, tokens))
 
-    return teacher
+    return fused
 
 
-def _fusion(model: MetaModel) -> Callable[[PyTree, Array], Array]:
+def teacher_logits(federation: Federation) -> TeacherFunction:
+    """Return the mixture-of-experts teacher: t(x) = meta(f_1(x), ..., f_C(x)).
+
+    A member's logits are computed on its device.
+    """
+    experts, fuse = class_expert_logits(federation), fusion(federation)
+    return lambda teacher, images: fuse(teacher.meta, experts(teacher, images))
+
+
+def _in_chunks(model: MetaModel) -> Callable[[PyTree, Array], Array]:
     """Return `(meta, tokens [batch, experts, classes]) -> logits`, in chunks that fit in memory."""
     heads = model.heads or model.num_classes
     chunk = max(1, ATTENTION_BYTES // (4 * heads * model.experts**2))
