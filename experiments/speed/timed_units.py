@@ -17,6 +17,7 @@ import numpy as np
 from experiments.speed.operations import operations
 from mosaic_jax import methods
 from mosaic_jax.federation import Federation
+from mosaic_jax.run.ahead import compiling_ahead
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.generator_ensemble import sampler
 from mosaic_jax.stages.stage import Stage, State
@@ -88,7 +89,8 @@ def units(federation: Federation) -> tuple[dict[str, Unit], float]:
     initial = {"global": federation.initial_variables()}
     evaluate = evaluator(federation)
     start = time.perf_counter()
-    before = pass_through(stages, initial)
+    with compiling_ahead(federation, stages, initial):
+        before = pass_through(stages, initial)
     evaluate(before["end"]["student"])
     first_pass = time.perf_counter() - start
     counted = operations(federation, before["end"])

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from mosaic_jax import methods
-from mosaic_jax.parallel.programs import Program, shapes_of
+from mosaic_jax.parallel.programs import shapes_of
 from mosaic_jax.run import ahead
 
 
