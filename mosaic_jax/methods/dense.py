@@ -52,6 +52,11 @@ class Dense(ServerDistillation):
 
 
 def stages(federation: Federation) -> list[Stage]:
-    """Return the method's one stage."""
+    """Return the method's one stage.
+
+    Raises:
+      UserError: the classifier has no batch norm.
+    """
+    federation.classifier.require_batch_norm("method = 'dense'")
     update = ClientUpdate(federation, federation.config.local_update.steps)
     return [rounds.warm_up(federation, update, server=Dense(federation))]

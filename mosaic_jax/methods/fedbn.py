@@ -50,7 +50,12 @@ class LocalNorms(struct.PyTreeNode):
 
 
 def stages(federation: Federation) -> list[Stage]:
-    """Return the method's one stage, which also evaluates the clients' own models."""
+    """Return the method's one stage, which also evaluates the clients' own models.
+
+    Raises:
+      UserError: the classifier has no batch norm.
+    """
+    federation.classifier.require_batch_norm("method = 'fedbn'")
     update = LocalBatchNorm(federation, federation.config.local_update.steps)
     training = rounds.warm_up(federation, update)
     evaluate_own = personal_evaluator(

@@ -75,11 +75,17 @@ class GeneratorState(struct.PyTreeNode):
 
 
 class ClientGenerator:
-    """Training of ONE client's generator against its adversary and its frozen model f0."""
+    """Training of ONE client's generator against its adversary and its frozen model f0.
+
+    Raises:
+      UserError: the inversion loss of a model without batch norm.
+    """
 
     def __init__(self, federation: Federation):
         self.federation = federation
         self.settings = federation.config.generator_optimization
+        if self.settings.inversion_threshold and self.settings.inversion_weight:
+            federation.classifier.require_batch_norm("generator_optimization.inversion_threshold")
         self.generator = build_generator(federation)
         self.adversary = Adversary(federation)
         self.ema = optax.ema(self.settings.ema, debias=False)
