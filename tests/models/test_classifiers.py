@@ -33,7 +33,14 @@ def test_lenet_has_niid_benchs_size(shape, expected):
 
 @pytest.mark.parametrize(
     ("name", "features"),
-    [("resnet8", 16), ("resnet18", 32), ("resnet34", 32), ("resnet50", 128), ("cnn", 16), ("lenet", 84)],
+    [
+        ("resnet8", 16),
+        ("resnet18", 32),
+        ("resnet34", 32),
+        ("resnet50", 128),
+        ("cnn", 16),
+        ("lenet", 84),
+    ],
 )
 def test_classifiers_share_one_convention(name, features):
     model = build_classifier(name, 7, 4, (0.5,), (0.25,))

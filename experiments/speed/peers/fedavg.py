@@ -8,7 +8,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -29,6 +29,17 @@ def classifier(work: Work) -> Classifier:
     model = build_classifier(*work.model)
     weights.load(model, work.variables)
     return model
+
+
+@torch.no_grad()
+def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a state dict into a model in eval mode.
+
+    `load_state_dict` adds a counter to batch norms of a dict without versions, which the
+    baseline's do not have.
+    """
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(state[name])
 
 
 def client_batches(work: Work, client: int) -> list[Batch]:

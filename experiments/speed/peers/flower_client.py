@@ -9,7 +9,13 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from experiments.speed.peers.fedavg import Batch, classifier, client_batches, train_client
+from experiments.speed.peers.fedavg import (
+    Batch,
+    classifier,
+    client_batches,
+    set_state,
+    train_client,
+)
 from experiments.speed.peers.work import Work
 from experiments.speed.pytorch_baseline.classifiers import Classifier
 
@@ -38,7 +44,7 @@ def train(message: Message, context: Context) -> Message:
     """Train the received model on the client's batches and send it back."""
     work, model = held()
     own = batches(int(context.node_config["partition-id"]))
-    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    set_state(model, message.content["arrays"].to_torch_state_dict())
     train_client(model, work, own)
     content = RecordDict(
         {

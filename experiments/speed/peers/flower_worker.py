@@ -14,7 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ |= {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_raylet_start_wait_time_s": "300",  # a busy machine takes long
+}
 
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
@@ -23,7 +27,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
 from experiments.speed.peers import flower_client
-from experiments.speed.peers.fedavg import Rounds, classifier, pipes, test_loss
+from experiments.speed.peers.fedavg import Rounds, classifier, pipes, set_state, test_loss
 from experiments.speed.peers.work import Work
 
 
@@ -33,7 +37,7 @@ def server_app(work: Work, rounds: Rounds) -> ServerApp:
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         def first() -> dict[str, Any]:
-            model.load_state_dict(arrays.to_torch_state_dict())
+            set_state(model, arrays.to_torch_state_dict())
             return {"loss": test_loss(work, model), "settings": settings(work)}
 
         if server_round > 0:
@@ -70,7 +74,8 @@ def main() -> None:
             flower_client.app,
             num_supernodes=len(work.positions),
             backend_config={
-                "init_args": {"num_cpus": work.cores},
+                # Without an address Ray asks the network for this machine's, and may wait for it.
+                "init_args": {"num_cpus": work.cores, "_node_ip_address": "127.0.0.1"},
                 "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
             },
         )
