@@ -10,10 +10,10 @@ Each framework has an environment of its own, and `experiments/speed/peers` has 
     runs/peers/pfl/bin/pip install -r experiments/speed/peers/pfl.txt
 
 All sides get the same first weights, images, batches and settings. After one round from these
-weights the loss of the averaged model on test images has to be the same: a relative difference of
-more than 0.1% ends the comparison. A timed round goes on from the round before and includes
-sending, training and averaging. The frameworks are spared what this program pays for in a round:
-they get their batches drawn and converted.
+weights the loss of the averaged model on test images has to be the same: a difference of more than
+1% of the change that the round has made ends the comparison. A timed round goes on from the round
+before and includes sending, training and averaging. The frameworks are spared what this program
+pays for in a round: they get their batches drawn and converted.
 
 A worker runs one round when told to. Then its framework waits inside a call of its own after the
 round, Flower in the evaluation on the server, pfl in a callback. So the others sleep while one
@@ -42,8 +42,8 @@ from mosaic_jax.sweep import launch
 from mosaic_jax.sweep.text import markdown_table
 from mosaic_jax.types import USER_ERROR, UserError
 
-TOLERANCE = 1e-3
-"""Largest relative difference of the losses after one round."""
+TOLERANCE = 0.01
+"""Largest difference of the losses after one round, as a share of the round's change of it."""
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = "experiments.speed.peers"
@@ -97,16 +97,22 @@ def start(name: str, python: Path, cores: int) -> Child:
     return Child(name, [str(python), *FRAMEWORKS[name].launcher(cores)], environment)
 
 
-def check_loss(name: str, found: float, expected: float) -> None:
+def check_loss(name: str, found: float, ours: Ours) -> float:
     """Check that a framework has done the same work.
 
+    Returns:
+      The difference of the losses, as a share of the change that the round has made.
+
     Raises:
-      UserError: it has not.
+      UserError: it is more than `TOLERANCE`.
     """
-    if not abs(found - expected) <= TOLERANCE * expected:
+    apart = abs(found - ours.after) / abs(ours.after - ours.before)
+    if not apart <= TOLERANCE:
         raise UserError(
-            f"{name} does other work: its loss after one round is {found:.6f}, ours {expected:.6f}"
+            f"{name} does other work: its loss after one round is {found:.6f}, ours "
+            f"{ours.after:.6f}, before it {ours.before:.6f}"
         )
+    return apart
 
 
 def measure(name: str, arguments: argparse.Namespace, cores: int) -> dict[str, Any]:
@@ -116,14 +122,14 @@ def measure(name: str, arguments: argparse.Namespace, cores: int) -> dict[str, A
     work = work_of(federation, arguments.pairs + 2, cores)
     ours, children = Ours(federation), {}
     sides: dict[str, Callable[[], float]] = {"ours": ours.seconds}
-    losses, conditions = {"before": ours.before, "ours": ours.after}, {}
+    losses, conditions, apart = {"before": ours.before, "ours": ours.after}, {}, {}
     try:
         for framework in arguments.frameworks:
             child = start(framework, getattr(arguments, f"{framework}_python"), cores)
             children[framework] = child
             answer = child.ask(work)
             losses[framework], conditions[framework] = answer["loss"], answer["settings"]
-            check_loss(framework, answer["loss"], ours.after)
+            apart[framework] = check_loss(framework, answer["loss"], ours)
             sides[framework] = partial(child.ask, "round")
         times = alternate(sides, arguments.pairs)
     finally:
@@ -135,6 +141,7 @@ def measure(name: str, arguments: argparse.Namespace, cores: int) -> dict[str, A
         "work": name,
         "unit": unit,
         "losses": losses,
+        "apart": apart,
         "conditions": conditions,
         "seconds": times,
         "load": os.getloadavg()[0],
@@ -162,18 +169,13 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def describe(results: list[dict[str, Any]], cores: int) -> str:
     """Return the conditions of the measurement, in lines of Markdown."""
-    apart = max(
-        abs(value / row["losses"]["ours"] - 1)
-        for row in results
-        for name, value in row["losses"].items()
-        if name != "before"
-    )
+    apart = max(share for row in results for share in row["apart"].values())
     lines = {
         "ours": f"jax {jax.__version__}, {len(jax.devices())} {jax.devices()[0].device_kind} "
         f"devices, Python {platform.python_version()}",
         **results[0]["conditions"],
         "machine": f"{cores} cores for all, {platform.machine()}",
-        "losses after one round": f"at most {apart:.1e} apart, relatively",
+        "losses after one round": f"at most {apart:.1e} of their change apart",
     }
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
 

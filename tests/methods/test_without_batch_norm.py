@@ -1,4 +1,4 @@
-"""A model without batch norm runs where none is needed, and is refused elsewhere before any work."""
+"""A model without batch norm runs where none is needed, and is refused elsewhere at once."""
 
 import jax
 import pytest
@@ -36,8 +36,11 @@ def test_rounds_resume_where_they_were_killed(make_federation, tmp_path):
     ],
 )
 def test_what_needs_batch_norm_is_refused(make_federation, changes, message):
-    with pytest.raises(UserError) as error:
+    def prepare():
         federation = make_federation(**LENET | changes)
         methods.stages(federation.config.method, federation)
+
+    with pytest.raises(UserError) as error:
+        prepare()
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
