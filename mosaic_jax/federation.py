@@ -6,7 +6,6 @@ devices). Functions take the part they need; stages take the whole.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -21,17 +20,9 @@ from mosaic_jax import rng
 from mosaic_jax.config import Config
 from mosaic_jax.data import batches, partition, sources
 from mosaic_jax.data.batches import ClientLists
-from mosaic_jax.models import build_classifier, check_classifier, submodel
+from mosaic_jax.models import build_classifier, check_classifier, submodel, with_statistics
 from mosaic_jax.parallel import Layout, hosts
-from mosaic_jax.types import (
-    Array,
-    Dataset,
-    Outputs,
-    PyTree,
-    TrainingImages,
-    UserError,
-    Variables,
-)
+from mosaic_jax.types import Array, Dataset, Outputs, TrainingImages, Variables
 
 
 @dataclass(frozen=True)
@@ -52,25 +43,12 @@ class Classifier:
 
     def init(self, key: Array) -> Variables:
         """Draw its first weights."""
-        return _with_statistics(self.module.init(key, self._image()))
+        return with_statistics(self.module.init(key, self._image()))
 
     def abstract_variables(self, module: nn.Module | None = None) -> Variables:
         """Return the shapes of its variables, or of a narrower module's; nothing is computed."""
         initial = (module or self.module).init
-        return _with_statistics(jax.eval_shape(initial, jax.random.key(0), self._image()))
-
-    def require_batch_norm(self, what: str) -> None:
-        """Refuse a classifier without batch norm.
-
-        Args:
-          what: the setting that needs one, as a user writes it.
-
-        Raises:
-          UserError: the classifier has none.
-        """
-        if not self.abstract_variables()["batch_stats"]:
-            name = type(self.module).__name__
-            raise UserError(f"{what} needs a model with batch norm, and {name} has none")
+        return with_statistics(jax.eval_shape(initial, jax.random.key(0), self._image()))
 
     def feature_size(self, module: nn.Module | None = None) -> int:
         """Return the number of penultimate features, d, of it or of a narrower module."""
@@ -81,11 +59,6 @@ class Classifier:
 
     def _image(self) -> Array:
         return jnp.zeros((1, *self.image_shape))
-
-
-def _with_statistics(variables: Mapping[str, PyTree]) -> Variables:
-    """Give a model without batch norm an empty collection, so that all models have the same two."""
-    return {"batch_stats": {}, **variables}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Classifiers by name, generators and their adversaries, and the meta model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from mosaic_jax.models.layers import head_logits
 from mosaic_jax.models.lenet import LeNet
 from mosaic_jax.models.meta import MetaModel
 from mosaic_jax.models.resnet import ResNet
-from mosaic_jax.types import Array, Outputs, PyTree, UserError, unknown_name
+from mosaic_jax.types import Array, Outputs, PyTree, UserError, Variables, unknown_name
 
 __all__ = [
     "CLASSIFIERS",
@@ -36,6 +36,8 @@ __all__ = [
     "build_classifier",
     "check_classifier",
     "head_logits",
+    "require_batch_norm",
+    "with_statistics",
 ]
 
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
@@ -125,3 +127,23 @@ def _problem(variables: PyTree, outputs: Any, classes: int) -> str:
     if jax.tree.map(jnp.shape, dict(head)) != {"kernel": (wide, classes), "bias": (classes,)}:
         return f"has no last layer 'head' with kernel [{wide}, {classes}] and bias [{classes}]"
     return ""
+
+
+def with_statistics(variables: Mapping[str, PyTree]) -> Variables:
+    """Return variables with both collections; without batch norm that of statistics is empty."""
+    return {"batch_stats": {}, **variables}
+
+
+def require_batch_norm(variables: Variables, name: str, what: str) -> None:
+    """Refuse a model without batch norm.
+
+    Args:
+      variables: of the model, or their shapes.
+      name: of the model.
+      what: the setting that needs a batch norm, as a user writes it.
+
+    Raises:
+      UserError: the model has none.
+    """
+    if not variables["batch_stats"]:
+        raise UserError(f"{what} needs a model with batch norm, and {name!r} has none")

@@ -13,6 +13,7 @@ from flax import struct
 from mosaic_jax import rng, trees
 from mosaic_jax.data.batches import ClientLists, crop_and_flip, to_float, uniform_batch
 from mosaic_jax.federation import Federation
+from mosaic_jax.models import require_batch_norm
 from mosaic_jax.stages.adversary import Adversary
 from mosaic_jax.stages.generator_ensemble import build_generator
 from mosaic_jax.stages.generator_losses import diversity_loss, entropy_loss, inversion_loss
@@ -85,7 +86,11 @@ class ClientGenerator:
         self.federation = federation
         self.settings = federation.config.generator_optimization
         if self.settings.inversion_threshold and self.settings.inversion_weight:
-            federation.classifier.require_batch_norm("generator_optimization.inversion_threshold")
+            variables, name = (
+                federation.classifier.abstract_variables(),
+                federation.config.model.name,
+            )
+            require_batch_norm(variables, name, "generator_optimization.inversion_threshold")
         self.generator = build_generator(federation)
         self.adversary = Adversary(federation)
         self.ema = optax.ema(self.settings.ema, debias=False)

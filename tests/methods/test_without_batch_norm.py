@@ -25,12 +25,18 @@ def test_rounds_resume_where_they_were_killed(make_federation, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "fedbn"}, "method = 'fedbn' needs a model with batch norm, and LeNet has none"),
-        ({"method": "dense"}, "method = 'dense' needs a model with batch norm, and LeNet has none"),
+        (
+            {"method": "fedbn"},
+            "method = 'fedbn' needs a model with batch norm, and 'lenet' has none",
+        ),
+        (
+            {"method": "dense"},
+            "method = 'dense' needs a model with batch norm, and 'lenet' has none",
+        ),
         (
             {"method": "mosaic", "generator_optimization.inversion_threshold": 50},
-            "generator_optimization.inversion_threshold needs a model with batch norm, and LeNet "
-            "has none",
+            "generator_optimization.inversion_threshold needs a model with batch norm, and "
+            "'lenet' has none",
         ),
         ({"submodel.rho": 5}, "LeNet has no sub-models"),
     ],
