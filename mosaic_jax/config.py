@@ -66,8 +66,8 @@ class Partition:
 class Model:
     """The classifier of clients, experts and student."""
 
-    name: str = "resnet18"  # resnet8 | resnet18 | resnet34 | resnet50 | cnn
-    width: int = 64  # channels of the first stage
+    name: str = "resnet18"  # resnet8 | resnet18 | resnet34 | resnet50 | cnn | lenet
+    width: int = 64  # channels of the first stage; lenet has its own sizes
     conv: Literal["auto", "native", "gradients"] = "auto"
     dtype: DType = "auto"  # of the arithmetic; auto: bfloat16 on GPU and TPU
 

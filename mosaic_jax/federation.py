@@ -22,7 +22,7 @@ from mosaic_jax import rng
 from mosaic_jax.config import Config
 from mosaic_jax.data import batches, partition, sources
 from mosaic_jax.data.batches import ClientLists, to_float
-from mosaic_jax.models import build_classifier, check_classifier, submodel
+from mosaic_jax.models import build_classifier, check_classifier, submodel, with_statistics
 from mosaic_jax.parallel import Layout, hosts
 from mosaic_jax.types import Array, Dataset, Outputs, TrainingImages, Variables
 
@@ -45,12 +45,12 @@ class Classifier:
 
     def init(self, key: Array) -> Variables:
         """Draw its first weights."""
-        return cast(Variables, self.module.init(key, self._image()))
+        return with_statistics(self.module.init(key, self._image()))
 
     def abstract_variables(self, module: nn.Module | None = None) -> Variables:
         """Return the shapes of its variables, or of a narrower module's; nothing is computed."""
         initial = (module or self.module).init
-        return cast(Variables, jax.eval_shape(initial, jax.random.key(0), self._image()))
+        return with_statistics(jax.eval_shape(initial, jax.random.key(0), self._image()))
 
     def feature_size(self, module: nn.Module | None = None) -> int:
         """Return the number of penultimate features, d, of it or of a narrower module."""

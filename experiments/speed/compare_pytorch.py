@@ -20,9 +20,7 @@ GPU.
 import argparse
 import json
 import os
-import pickle
 import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.speed.child import Child
 from experiments.speed.pytorch_baseline.pipeline import Work
 from experiments.speed.timed_units import STAGES, Unit, alternate, median_and_range, peak, units
 from mosaic_jax.config import Config
@@ -57,30 +56,14 @@ VARIANTS = ("local round, torch.func.vmap", "local round, torch.compile")
 """Other ways of a stage in PyTorch; a row each where they run."""
 
 
-class PyTorch:
+class PyTorch(Child):
     """The child process; `seconds(name)` makes it run one unit."""
 
     def __init__(self, work: Work, threads: int, tf32: bool):
+        module = "experiments.speed.pytorch_baseline.worker"
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.speed.pytorch_baseline.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
-        first = {"work": work, "threads": threads, "tf32": tf32}
-        self.facts = self.ask(first)
-
-    def ask(self, message: Any) -> Any:
-        """Send a message and sleep until the answer comes."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        pickle.dump(message, self.process.stdin)
-        self.process.stdin.flush()
-        try:
-            return pickle.load(self.process.stdout)
-        except EOFError:
-            raise RuntimeError("the PyTorch process has ended; its message is above") from None
+        super().__init__("PyTorch", [sys.executable, "-m", module], environment)
+        self.facts = self.ask({"work": work, "threads": threads, "tf32": tf32})
 
     def seconds(self, name: str) -> float:
         """Return the wall time of one unit.
@@ -92,12 +75,6 @@ class PyTorch:
         if isinstance(seconds, str):
             raise RuntimeError(f"PyTorch's {name} ended with a {seconds}")
         return seconds
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def settings(arguments: argparse.Namespace) -> Config:

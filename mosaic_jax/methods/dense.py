@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mosaic_jax.federation import Federation
+from mosaic_jax.models import require_batch_norm
 from mosaic_jax.stages import rounds
 from mosaic_jax.stages.generator_losses import inversion_loss
 from mosaic_jax.stages.local_update import ClientUpdate
@@ -52,6 +53,12 @@ class Dense(ServerDistillation):
 
 
 def stages(federation: Federation) -> list[Stage]:
-    """Return the method's one stage."""
+    """Return the method's one stage.
+
+    Raises:
+      UserError: the classifier has no batch norm.
+    """
+    variables, name = federation.classifier.abstract_variables(), federation.config.model.name
+    require_batch_norm(variables, name, "method = 'dense'")
     update = ClientUpdate(federation, federation.config.local_update.steps)
     return [rounds.warm_up(federation, update, server=Dense(federation))]

@@ -12,7 +12,7 @@ import jax
 from flax import struct
 
 from mosaic_jax.federation import Federation, Group
-from mosaic_jax.models import submodel
+from mosaic_jax.models import require_batch_norm, submodel
 from mosaic_jax.models.normalisation import norms, with_norms
 from mosaic_jax.stages import rounds
 from mosaic_jax.stages.evaluation import personal_evaluator
@@ -50,7 +50,13 @@ class LocalNorms(struct.PyTreeNode):
 
 
 def stages(federation: Federation) -> list[Stage]:
-    """Return the method's one stage, which also evaluates the clients' own models."""
+    """Return the method's one stage, which also evaluates the clients' own models.
+
+    Raises:
+      UserError: the classifier has no batch norm.
+    """
+    variables, name = federation.classifier.abstract_variables(), federation.config.model.name
+    require_batch_norm(variables, name, "method = 'fedbn'")
     update = LocalBatchNorm(federation, federation.config.local_update.steps)
     training = rounds.warm_up(federation, update)
     evaluate_own = personal_evaluator(

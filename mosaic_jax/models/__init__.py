@@ -1,6 +1,6 @@
 """Classifiers by name, generators and their adversaries, and the meta model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,10 @@ from mosaic_jax.models.generator import (
     RealFakeHead,
 )
 from mosaic_jax.models.layers import head_logits
+from mosaic_jax.models.lenet import LeNet
 from mosaic_jax.models.meta import MetaModel
 from mosaic_jax.models.resnet import ResNet
-from mosaic_jax.types import Array, Outputs, PyTree, UserError, unknown_name
+from mosaic_jax.types import Array, Outputs, PyTree, UserError, Variables, unknown_name
 
 __all__ = [
     "CLASSIFIERS",
@@ -28,12 +29,15 @@ __all__ = [
     "Discriminator",
     "Generator",
     "LatentGenerator",
+    "LeNet",
     "MetaModel",
     "RealFakeHead",
     "ResNet",
     "build_classifier",
     "check_classifier",
     "head_logits",
+    "require_batch_norm",
+    "with_statistics",
 ]
 
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
@@ -42,6 +46,7 @@ CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "resnet34": partial(ResNet, depth=34),
     "resnet50": partial(ResNet, depth=50),
     "cnn": CNN,
+    "lenet": LeNet,
 }
 """Registry of classifiers; a new model is one entry."""
 
@@ -121,4 +126,24 @@ def _problem(variables: PyTree, outputs: Any, classes: int) -> str:
     head, wide = variables["params"].get("head", {}), outputs.features.shape[1]
     if jax.tree.map(jnp.shape, dict(head)) != {"kernel": (wide, classes), "bias": (classes,)}:
         return f"has no last layer 'head' with kernel [{wide}, {classes}] and bias [{classes}]"
-    return "" if "batch_stats" in variables else "has no batch norm"
+    return ""
+
+
+def with_statistics(variables: Mapping[str, PyTree]) -> Variables:
+    """Return variables with both collections; without batch norm that of statistics is empty."""
+    return {"batch_stats": {}, **variables}
+
+
+def require_batch_norm(variables: Variables, name: str, what: str) -> None:
+    """Refuse a model without batch norm.
+
+    Args:
+      variables: of the model, or their shapes.
+      name: of the model.
+      what: the setting that needs a batch norm, as a user writes it.
+
+    Raises:
+      UserError: the model has none.
+    """
+    if not variables["batch_stats"]:
+        raise UserError(f"{what} needs a model with batch norm, and {name!r} has none")

@@ -33,6 +33,7 @@ __all__ = [
     "normal",
     "normalise_images",
     "resolve_conv_impl",
+    "torch_bias",
     "torch_uniform",
     "xavier_uniform",
 ]
@@ -41,6 +42,15 @@ __all__ = [
 def torch_uniform(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
     """Draw PyTorch's default, uniform in +-1/sqrt(fan_in); fan_in is all axes but the last."""
     return _flat_uniform(key, shape, 1 / math.sqrt(math.prod(shape[:-1])), dtype)
+
+
+def torch_bias(fan_in: int) -> Initializer:
+    """Return PyTorch's default initialiser of a bias, uniform in +-1/sqrt(fan_in)."""
+
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        return _flat_uniform(key, shape, 1 / math.sqrt(fan_in), dtype)
+
+    return init
 
 
 def xavier_uniform(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
@@ -142,18 +152,9 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Map `[..., in]` to `[..., features]`."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias_init = self.bias_init or _bias_init(x.shape[-1])
+        bias_init = self.bias_init or torch_bias(x.shape[-1])
         bias = self.param("bias", bias_init, (self.features,))
         return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
-
-
-def _bias_init(fan_in: int) -> Initializer:
-    """Return PyTorch's default initialiser of a bias, uniform in +-1/sqrt(fan_in)."""
-
-    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-        return _flat_uniform(key, shape, 1 / math.sqrt(fan_in), dtype)
-
-    return init
 
 
 class BatchNorm(nn.Module):

@@ -14,6 +14,7 @@ from mosaic_jax import rng, trees
 from mosaic_jax.data.augmentation import crop_and_flip
 from mosaic_jax.data.batches import ClientLists, to_float, uniform_batch
 from mosaic_jax.federation import Federation
+from mosaic_jax.models import require_batch_norm
 from mosaic_jax.stages.adversary import Adversary
 from mosaic_jax.stages.generator_ensemble import build_generator
 from mosaic_jax.stages.generator_losses import diversity_loss, entropy_loss, inversion_loss
@@ -76,11 +77,21 @@ class GeneratorState(struct.PyTreeNode):
 
 
 class ClientGenerator:
-    """Training of ONE client's generator against its adversary and its frozen model f0."""
+    """Training of ONE client's generator against its adversary and its frozen model f0.
+
+    Raises:
+      UserError: the inversion loss of a model without batch norm.
+    """
 
     def __init__(self, federation: Federation):
         self.federation = federation
         self.settings = federation.config.generator_optimization
+        if self.settings.inversion_threshold and self.settings.inversion_weight:
+            variables, name = (
+                federation.classifier.abstract_variables(),
+                federation.config.model.name,
+            )
+            require_batch_norm(variables, name, "generator_optimization.inversion_threshold")
         self.generator = build_generator(federation)
         self.adversary = Adversary(federation)
         self.ema = optax.ema(self.settings.ema, debias=False)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mosaic_jax.models import CNN, ResNet, build_classifier, head_logits
+from mosaic_jax.models import CNN, LeNet, ResNet, build_classifier, head_logits
 from mosaic_jax.types import UserError
 from tests.models.arrays import KEY, make_variables, parameters
 
@@ -26,15 +26,27 @@ def test_resnets_have_the_reference_size(depth, classes, expected):
     assert parameters(ResNet(classes, depth), (2, 32, 32, 3)) == expected
 
 
+@pytest.mark.parametrize(("shape", "expected"), [((28, 28, 1), 44_426), ((32, 32, 3), 62_006)])
+def test_lenet_has_niid_benchs_size(shape, expected):
+    assert parameters(LeNet(10), (2, *shape)) == expected
+
+
 @pytest.mark.parametrize(
     ("name", "features"),
-    [("resnet8", 16), ("resnet18", 32), ("resnet34", 32), ("resnet50", 128), ("cnn", 16)],
+    [
+        ("resnet8", 16),
+        ("resnet18", 32),
+        ("resnet34", 32),
+        ("resnet50", 128),
+        ("cnn", 16),
+        ("lenet", 84),
+    ],
 )
 def test_classifiers_share_one_convention(name, features):
     model = build_classifier(name, 7, 4, (0.5,), (0.25,))
     images = jax.ShapeDtypeStruct((2, 16, 16, 1), jnp.float32)
     variables = jax.eval_shape(model.init, KEY, images)
-    assert set(variables) == {"params", "batch_stats"}
+    assert set(variables) == {"params"} | ({"batch_stats"} if name != "lenet" else set())
     assert "head" in variables["params"]
     outputs = jax.eval_shape(model.apply, variables, images)
     assert outputs.logits.shape == (2, 7)

@@ -1,6 +1,6 @@
 """Build the classifiers of `mosaic_jax.models`: same layers, same names, other first weights.
 
-They take images in [-1, 1] and normalise them themselves; they return logits and pooled features.
+They take images in [-1, 1] and normalise them themselves; they return logits and features.
 Layout is `[batch, channels, height, width]`, stored channels-last.
 """
 
@@ -23,7 +23,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Outputs(NamedTuple):
-    """Logits `[batch, classes]` and pooled features `[batch, d]`."""
+    """Logits `[batch, classes]` and features `[batch, d]`."""
 
     logits: Tensor
     features: Tensor
@@ -81,10 +81,10 @@ def without_statistics(model: nn.Module) -> nn.Module:
 
 
 class Classifier(nn.Module):
-    """A classifier around a body: normalisation, mean pooling and the last layer.
+    """A classifier around a body: normalisation and the last layer.
 
     Args:
-      features: width of the pooled features.
+      features: width of the features.
       num_classes: of the logits.
       mean, std: per channel, of images in [0, 1].
     """
@@ -103,11 +103,11 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Outputs:
         """Classify images `[batch, channels, height, width]`."""
-        features = self.body(torch.addcmul(self.shift, images, self.scale)).mean((2, 3))
+        features = self.body(torch.addcmul(self.shift, images, self.scale))
         return Outputs(self.head(features), features)
 
     def body(self, x: Tensor) -> Tensor:
-        """Map normalised images to the last feature map."""
+        """Map normalised images to features `[batch, d]`."""
         raise NotImplementedError
 
 
@@ -136,11 +136,11 @@ class ResNet(Classifier):
                 channels = width * 2**stage
 
     def body(self, x: Tensor) -> Tensor:
-        """Apply stem and blocks."""
+        """Apply stem, blocks and mean pooling."""
         x = F.relu(self.stem_norm(self.stem(x)), inplace=True)
         for name in self.blocks:
             x = getattr(self, name)(x)
-        return x
+        return x.mean((2, 3))
 
 
 class BasicBlock(nn.Module):
@@ -200,18 +200,49 @@ class CNN(Classifier):
             channels = features
 
     def body(self, x: Tensor) -> Tensor:
-        """Apply convolution, batch norm and ReLU three times."""
+        """Apply convolution, batch norm and ReLU three times, and mean pooling."""
         for conv, norm in self.layers:
             x = F.relu(getattr(self, norm)(getattr(self, conv)(x)), inplace=True)
+        return x.mean((2, 3))
+
+
+class LeNet(Classifier):
+    """Two 5x5 convolutions with max pooling and two hidden layers, for square images."""
+
+    def __init__(
+        self, num_classes: int, mean: Sequence[float], std: Sequence[float], image_size: int
+    ):
+        super().__init__(84, num_classes, mean, std)
+        left = ((image_size - 4) // 2 - 4) // 2  # pixels of a side after both convolutions
+        self.conv1 = nn.Conv2d(len(mean), 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.hidden1 = nn.Linear(16 * left**2, 120)
+        self.hidden2 = nn.Linear(120, 84)
+
+    def body(self, x: Tensor) -> Tensor:
+        """Apply the convolutions and the hidden layers."""
+        for conv in (self.conv1, self.conv2):
+            x = F.max_pool2d(F.relu(conv(x), inplace=True), 2)
+        x = x.permute(0, 2, 3, 1).flatten(1)
+        for hidden in (self.hidden1, self.hidden2):
+            x = F.relu(hidden(x), inplace=True)
         return x
 
 
 def build_classifier(
-    name: str, num_classes: int, width: int, mean: Sequence[float], std: Sequence[float]
+    name: str,
+    num_classes: int,
+    width: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int,
 ) -> Classifier:
-    """Return a `resnet8`, `resnet18` or `cnn`, channels-last, in eval mode."""
-    if name == "cnn":
-        model: Classifier = CNN(num_classes, width, mean, std)
+    """Return a `resnet8`, `resnet18`, `cnn` or `lenet`, channels-last, in eval mode."""
+    model: Classifier
+    if name == "lenet":
+        model = LeNet(num_classes, mean, std, image_size)
+    elif name == "cnn":
+        model = CNN(num_classes, width, mean, std)
     else:
         depths = {f"resnet{depth}": depth for depth in BLOCKS}
         model = ResNet(depths[name], num_classes, width, mean, std)

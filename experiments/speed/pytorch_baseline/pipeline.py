@@ -36,7 +36,7 @@ def refuse_what_is_not_built(config: Config) -> None:
       ValueError: naming the setting.
     """
     built = {
-        "model.name": (config.model.name, ("resnet8", "resnet18", "cnn")),
+        "model.name": (config.model.name, ("resnet8", "resnet18", "cnn", "lenet")),
         "prototypes.features": (config.prototypes.features, ("experts",)),
         "knowledge_distillation.images": (config.knowledge_distillation.images, ("generated",)),
         "generator_optimization.adversary": (config.generator_optimization.adversary, ("dcgan",)),
@@ -100,6 +100,7 @@ class Mosaic:
             self.config.model.width,
             work.mean,
             work.std,
+            work.train_images.shape[1],
         ).to(device)
         self.first = [tensor.clone() for tensor in local_update.tensors(self.model)]
         self.server = self.first

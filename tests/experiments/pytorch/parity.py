@@ -53,7 +53,12 @@ def to_torch(images):
 def classifier(federation, variables=None):
     settings, dataset = federation.config.model, federation.dataset
     model = classifiers.build_classifier(
-        settings.name, dataset.num_classes, settings.width, dataset.mean, dataset.std
+        settings.name,
+        dataset.num_classes,
+        settings.width,
+        dataset.mean,
+        dataset.std,
+        dataset.image_shape[0],
     )
     return model if variables is None else weights.load(model, variables)
 

@@ -40,7 +40,7 @@ def residual(make_federation):
     return noisy(make_federation(**SETTINGS | changes))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet8", "cnn"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet8", "cnn", "lenet"])
 def test_evaluation(make_federation, record, name):
     federation = make_federation(**SETTINGS | {"model.name": name})
     variables, dataset = perturbed(federation), federation.dataset
@@ -68,10 +68,18 @@ def test_evaluation(make_federation, record, name):
     assert figures == pytest.approx(evaluator(federation)(variables))
 
 
-@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
-def test_local_steps(residual, record, request, batch_norm):
+@pytest.fixture(scope="module")
+def lenet(make_federation):
+    """Return a model without batch norm."""
+    return noisy(make_federation(**SETTINGS | {"model.name": "lenet"}))
+
+
+@pytest.mark.parametrize(
+    ("model", "batch_norm"), [("residual", "train"), ("residual", "frozen"), ("lenet", "train")]
+)
+def test_local_steps(record, request, model, batch_norm):
     """More than an epoch of each client; the last batch of an epoch is smaller."""
-    federation, steps, rate = residual, 3, 0.05
+    federation, steps, rate = request.getfixturevalue(model), 3, 0.05
     update = ClientUpdate(federation, steps, batch_norm)
     inputs, variables = round_inputs(federation, rate), perturbed(federation)
     run = jax.jit(lambda client: update(inputs.replace(variables=variables), client))
