@@ -18,6 +18,7 @@ devices then stand for the accelerator.
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from experiments.speed.on_accelerator import beside_pytorch, children, many_clie
 from experiments.speed.on_accelerator.children import Cut, Failed, Options, Row, Skipped
 from experiments.speed.on_accelerator.report import Section, write
 from mosaic_jax.sweep import launch
-from mosaic_jax.types import FAILED, USER_ERROR, UserError
+from mosaic_jax.types import FAILED, TERMINATED, USER_ERROR, UserError
 
 SECTIONS: dict[str, ModuleType] = {
     "parity": parity,
@@ -135,4 +136,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    # As an exception, so that no child outlives the command.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     sys.exit(main(sys.argv[1:]))

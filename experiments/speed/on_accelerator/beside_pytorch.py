@@ -33,12 +33,14 @@ FULL = {
     "fine_tuning.rounds": 1,
 }
 SMALL = {
+    "data.image_size": 16,
     "data.train_images": 300,
     "data.test_images": 100,
     "model.name": "cnn",
     "model.width": 4,
     "partition.clients": 2,
     "local_update.steps": 2,
+    "local_update.batch_size": 16,
     "generator_optimization.steps": 2,
     "generator_optimization.block_steps": 2,
     "generator_optimization.batch_size": 16,
