@@ -13,8 +13,10 @@ PyTorch first finds the chunk of images that is fastest for its models in eval m
 one pass through the whole method, which compiles ours and is timed, too. Then every stage runs
 A B A B. The table gives medians and ranges of the times and of the paired ratios PyTorch / ours,
 client-steps a second, and the share of the machine's measured matrix-product peak. Operations are
-counted by XLA's cost analysis of one step, with native convolutions. The command also runs on a
-GPU.
+counted by XLA's cost analysis of one step, with native convolutions. Rows are written as they come.
+
+The command also runs on a GPU. Where `model.dtype` is bfloat16, which is the default there, the
+forward passes of PyTorch's networks run under autocast.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -151,8 +153,8 @@ def describe(facts: dict[str, Any]) -> str:
     return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items())
 
 
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure all stages; return the conditions and the results."""
+def compare(arguments: argparse.Namespace) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
+    """Prepare both sides; return the conditions, and the stages' results as they come."""
     cores = sorted(os.sched_getaffinity(0))[: arguments.threads]
     os.sched_setaffinity(0, cores)  # before either side makes its threads; the child inherits it
     config = settings(arguments)
@@ -163,24 +165,21 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     load = os.getloadavg()
     torch = PyTorch(work_of(federation), len(cores), arguments.tf32)
     ours, first_pass = units(federation)
-    peaks = {"ours": peak(), "pytorch": torch.ask("peak")}
-    results = measure(arguments, ours, torch, max(peaks.values()))
-    torch.close()
+    peaks = {"ours": peak(federation.config.model.dtype), "pytorch": torch.ask("peak")}
     facts = conditions(federation, torch.facts, len(cores), peaks) | {
-        "precision": f"float32, matrix products {precision}",
+        "precision": f"{federation.config.model.dtype}, matrix products {precision}",
         "first_pass": f"{first_pass:.1f} s ours, compilation included; "
         f"{torch.facts['first_pass_seconds']:.1f} s PyTorch",
         "load_before": f"{load[0]:.1f}",
         "pairs": arguments.pairs,
     }
-    return {"facts": facts, "results": results}
+    return facts, measure(arguments, ours, torch, max(peaks.values()))
 
 
 def measure(
     arguments: argparse.Namespace, ours: dict[str, Unit], torch: PyTorch, best: float
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Run every stage in alternating pairs; `best` is the machine's peak, operations a second."""
-    results = []
     for name in arguments.stages:
         unit = ours[name.partition(",")[0]]
         sides: dict[str, Callable[[], float]] = {
@@ -192,9 +191,8 @@ def measure(
         except RuntimeError as error:
             print(error, file=sys.stderr)
             continue
-        results.append(result(name, unit, times, best))
-        print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    return results
+        yield result(name, unit, times, best)
+    torch.close()
 
 
 def conditions(
@@ -218,8 +216,8 @@ def conditions(
     }
 
 
-def parse() -> argparse.Namespace:
-    """Parse the command line."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse a command line, by default this program's."""
     parser = launch.command_parser(__doc__)
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--clients", type=int, default=10)
@@ -231,14 +229,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tf32", action="store_true", help="reduced precision, on both sides")
     launch.add_settings(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/compare_pytorch"))
-    return parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def write(folder: Path, facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    """Write conditions and results to a folder; return them as Markdown."""
+    text = f"{describe(facts)}\n\n{table(results)}\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compare.md").write_text(text)
+    whole = {"facts": facts, "results": results}
+    (folder / "compare.json").write_text(json.dumps(whole, indent=1) + "\n")
+    return text
 
 
 if __name__ == "__main__":
     arguments = parse()
-    measured = compare(arguments)
-    text = f"{describe(measured['facts'])}\n\n{table(measured['results'])}\n"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "compare.md").write_text(text)
-    (arguments.out / "compare.json").write_text(json.dumps(measured, indent=1) + "\n")
+    facts, measured = compare(arguments)
+    results: list[dict[str, Any]] = []
+    for one in measured:
+        results.append(one)
+        text = write(arguments.out, facts, results)
+        print(table([one]).splitlines()[-1], file=sys.stderr, flush=True)
     print(text)

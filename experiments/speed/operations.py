@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mosaic_jax import rng, trees
+from mosaic_jax import compat, rng, trees
 from mosaic_jax.federation import Federation
 from mosaic_jax.models import build_classifier
 from mosaic_jax.stages.client_generator import LOSS_WEIGHTS, ClientGenerator, GeneratorClient
@@ -163,6 +163,9 @@ def of_generators(federation: Federation, state: State) -> tuple[float, float]:
 
 
 def flops(function: Callable[..., Any], *args: Any) -> float:
-    """Return XLA's count of a call's floating-point operations; compile and run nothing."""
-    analysis: Any = jax.jit(function).lower(*args).cost_analysis()
-    return float(analysis["flops"])
+    """Return XLA's count of a call's floating-point operations; compile and run nothing.
+
+    Only a CPU's client counts those of a lowered program, so it is given the text.
+    """
+    text = jax.jit(function).lower(*args).as_text(dialect="hlo")
+    return compat.cost_of_text(text)["flops"]

@@ -67,8 +67,6 @@ def figures(lowered: jax.stages.Lowered) -> Figures:
     once = {name: max(cost.get(key, 0.0), 0.0) for name, key in COUNTS.items()}
     exact = all(known for _, _, known in module.loops())
     totals = {name: times * once[name] for name, times in growth(module).items()}
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     shapes, shardings = (
         jax.tree.leaves(tree) for tree in (compiled.out_info, compiled.output_shardings)
     )
@@ -76,12 +74,19 @@ def figures(lowered: jax.stages.Lowered) -> Figures:
         **totals,
         counted_once=once,
         exact=exact,
-        held=held,
+        held=held_bytes(compiled),
         arguments=memory.argument_size_in_bytes,
         fits=True,
         collectives=module.collectives(),
         axes=[_axis(info.shape, where) for info, where in zip(shapes, shardings, strict=True)],
     )
+
+
+def held_bytes(compiled: jax.stages.Compiled) -> int:
+    """Return the bytes of a program's arguments, results and temporaries on each device."""
+    memory: Any = compiled.memory_analysis()
+    held: int = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
 def _too_large(message: str, error: Exception) -> Figures:

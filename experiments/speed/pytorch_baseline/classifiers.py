@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.speed.pytorch_baseline import precision
+
 BLOCKS = {8: (1, 1, 1), 18: (2, 2, 2, 2)}
 """Blocks per stage by depth. Stage s is `width * 2**s` wide; from s = 1 on it halves the map."""
 
@@ -103,7 +105,9 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Outputs:
         """Classify images `[batch, channels, height, width]`."""
-        features = self.body(torch.addcmul(self.shift, images, self.scale))
+        with precision.forward_pass(images.device):
+            features = self.body(torch.addcmul(self.shift, images, self.scale))
+        features = features.float()
         return Outputs(self.head(features), features)
 
     def body(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.speed.pytorch_baseline import precision
 from experiments.speed.pytorch_baseline.classifiers import BatchNorm, channels_last
 
 STAGES = {16: 3, 32: 4, 64: 5}
@@ -39,9 +40,11 @@ class Generator(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Map `[batch, latent]` to `[batch, channels, image_size, image_size]`."""
         x = z[:, :, None, None]
-        for up, norm in self.layers:
-            x = F.relu(getattr(self, norm)(getattr(self, up)(x)), inplace=True)
-        return torch.tanh(self.colour(x))
+        with precision.forward_pass(z.device):
+            for up, norm in self.layers:
+                x = F.relu(getattr(self, norm)(getattr(self, up)(x)), inplace=True)
+            x = self.colour(x)
+        return torch.tanh(x.float())
 
 
 class Discriminator(nn.Module):
@@ -64,9 +67,11 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map `[batch, channels, image_size, image_size]` to `[batch]`."""
         x = images
-        for stage in range(1, self.stages + 1):
-            x = getattr(self, f"down{stage}")(x)
-            if stage > 1:
-                x = getattr(self, f"norm{stage}")(x)
-            x = F.leaky_relu(x, 0.2, inplace=True)
-        return self.verdict(x)[:, 0, 0, 0]
+        with precision.forward_pass(images.device):
+            for stage in range(1, self.stages + 1):
+                x = getattr(self, f"down{stage}")(x)
+                if stage > 1:
+                    x = getattr(self, f"norm{stage}")(x)
+                x = F.leaky_relu(x, 0.2, inplace=True)
+            x = self.verdict(x)
+        return x[:, 0, 0, 0].float()
