@@ -51,8 +51,7 @@ SCHEDULE = {
     "knowledge_distillation.block_steps": 20,
     "fine_tuning.rounds": 1,
 }
-"""The pipeline's lengths. All else is as in `configs/fashion_mnist.py`. `--set` changes any of
-it."""
+"""The pipeline's lengths. All else is as in `--config`. `--set` changes any of it."""
 
 VARIANTS = ("local round, torch.func.vmap", "local round, torch.compile")
 """Other ways of a stage in PyTorch; a row each where they run."""
@@ -88,7 +87,7 @@ def settings(arguments: argparse.Namespace) -> Config:
     }
     if arguments.data == "synthetic":
         chosen["data.image_size"] = 32
-    get_config = launch.get_config("fashion_mnist")
+    get_config = launch.get_config(arguments.config)
     return launch.configure(get_config, "", 0, SCHEDULE, chosen, dict(arguments.set))
 
 
@@ -225,7 +224,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     stages = (*STAGES, *VARIANTS)
     parser.add_argument("--stages", nargs="+", default=list(stages), choices=stages)
-    parser.add_argument("--data", default="synthetic", help="a data set that needs no files")
+    parser.add_argument("--config", default="fashion_mnist", help="of all other settings")
+    parser.add_argument("--data", default="synthetic", help="a data set; this one needs no files")
     parser.add_argument("--tf32", action="store_true", help="reduced precision, on both sides")
     launch.add_settings(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/compare_pytorch"))
