@@ -29,7 +29,7 @@ NO_TILES = "Couldn't find output tile sizes"
 a GPU it tries all tilings and cuBLAS, drops those that do not compile, and takes the fastest
 (openxla/xla, xla/backends/autotuner/autotuner.cc). Without one it takes the first, untried."""
 
-WITHOUT_TRITON = {"xla_gpu_enable_triton_gemm": False}
+WITHOUT_TRITON: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 """Compiler options that leave all products to cuBLAS."""
 
 

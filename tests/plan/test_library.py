@@ -17,8 +17,8 @@ CONVOLUTION = """HloModule program
   %a = {first} get-tuple-element(%loop), index=1
   %b = {second} get-tuple-element(%loop), index=2
   %call = ({result}, u8[4096]{{0}}) custom-call(%a, %b), \
-window={{size=3x3 stride=2x2 pad=1_1x1_1}}, dim_labels=b01f_o01i->b01f, feature_group_count={groups}, \
-custom_call_target="__cudnn$conv{kind}"
+window={{size=3x3 stride=2x2 pad=1_1x1_1}}, dim_labels=b01f_o01i->b01f, \
+feature_group_count={groups}, custom_call_target="__cudnn$conv{kind}"
   %one = s32[] constant(1)
   %next = s32[] add(%i, %one)
   ROOT %out = (s32[], {first}, {second}) tuple(%next, %a, %b)
