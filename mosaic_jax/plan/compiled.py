@@ -25,9 +25,9 @@ COUNTS = {"flops": "flops", "bytes": "bytes accessed"}
 """Our names of what is counted, and XLA's."""
 
 NO_TILES = "Couldn't find output tile sizes"
-"""What the GPU's compiler says of a product that the first of Triton's tilings does not suit. With
-a GPU it tries all tilings and cuBLAS, drops those that do not compile, and takes the fastest
-(openxla/xla, xla/backends/autotuner/autotuner.cc). Without one it takes the first, untried."""
+"""What the GPU's compiler says of a product that Triton's tiling does not suit. With a GPU it
+compiles every tiling and cuBLAS's call, drops what does not compile and takes the fastest
+(openxla/xla, xla/backends/autotuner/autotuner.cc). Without one it takes a tiling untried."""
 
 WITHOUT_TRITON: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 """Compiler options that leave all products to cuBLAS."""

@@ -189,8 +189,8 @@ def _without_triton(programs: list[Program]) -> list[str]:
     if not left:
         return []
     return [
-        f"compiled with products of matrices by cuBLAS alone: {', '.join(left)}; a product there "
-        "has no use for the first of Triton's tilings, and without a GPU the others are not tried"
+        f"matrix products by cuBLAS alone: {', '.join(left)}. Triton's tiling does not suit a "
+        "product there; a GPU's own compiler tries cuBLAS, too, one without a GPU does not"
     ]
 
 
