@@ -62,18 +62,23 @@ def cost_of_text(text: str) -> dict[str, float]:
     return hlo_module_cost_analysis(jax.devices("cpu")[0].client, hlo_module_from_text(text))
 
 
-def tpu_slice(topology: str) -> Sequence[jax.Device]:
-    """Return the devices of a TPU slice, such as "v5e:2x4", to compile for without having them.
+def absent_devices(name: str, platform: str, /, **options: str) -> Sequence[jax.Device]:
+    """Return the devices of a topology, to compile for without having them.
+
+    Args:
+      name: the topology's, such as "v5e:2x4" of a TPU slice.
+      platform: "tpu" or "cuda".
+      options: of that compiler.
 
     Raises:
-      UserError: this JAX cannot describe slices.
-      jax.errors.JaxRuntimeError: libtpu knows no such slice.
+      UserError: this JAX cannot describe topologies.
+      jax.errors.JaxRuntimeError: the compiler knows no such topology.
     """
     try:
         from jax.experimental.topologies import get_topology_desc
     except ImportError:
-        raise _missing("description of TPU slices, which the pod plan needs") from None
-    return get_topology_desc(topology, "tpu").devices
+        raise _missing("description of absent devices, which the pod plan needs") from None
+    return get_topology_desc(name, platform, **options).devices
 
 
 def _missing(part: str) -> UserError:

@@ -42,7 +42,7 @@ def test_the_cost_of_a_text_is_that_of_its_program():
     [
         ("jax._src.distributed", compat.live_processes),
         ("jaxlib._hlo", lambda: compat.cost_of_text("")),
-        ("jax.experimental.topologies", lambda: compat.tpu_slice("v5e:2x4")),
+        ("jax.experimental.topologies", lambda: compat.absent_devices("v5e:2x4", "tpu")),
     ],
 )
 def test_a_part_that_is_missing_is_one_line_with_the_remedy(module, call, monkeypatch):

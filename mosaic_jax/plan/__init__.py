@@ -1,4 +1,4 @@
-"""Plan a run before it starts: on this machine, and on TPU slices that need not be there."""
+"""Plan a run before it starts: here, and on TPU slices and GPUs that need not be there."""
 
 from mosaic_jax.plan.run_plan import measured, plan
 

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from mosaic_jax import methods
 from mosaic_jax.federation import Federation
 from mosaic_jax.parallel import AXIS, Layout
-from mosaic_jax.plan import compiled, hlo
+from mosaic_jax.plan import compiled, hlo, library
 from mosaic_jax.plan.compiled import Figures, figures
 from mosaic_jax.stages.stage import Stage, State
 from mosaic_jax.types import PyTree
@@ -55,6 +56,7 @@ class Record:
       cache: folder of the figures of earlier plans; None keeps none. A program of many clients
         takes the compiler minutes.
       report: called with every program.
+      memory: bytes that a device has for a program. The GPU's compiler does not refuse more.
       programs: in the order of their compilation.
       stage: of the next program.
       phase: of the next program.
@@ -62,6 +64,7 @@ class Record:
 
     cache: Path | None = None
     report: Callable[[Program], None] = lambda program: None
+    memory: float = math.inf
     programs: list[Program] = dataclasses.field(default_factory=list)
     stage: str = "initial_variables"
     phase: str = "start"
@@ -69,6 +72,7 @@ class Record:
     def compiled(self, name: str, lowered: jax.stages.Lowered, mesh: Mesh) -> Figures:
         """Compile a program at this point of the walk, record it and return its figures."""
         found = self._cached(lowered, mesh)
+        found = dataclasses.replace(found, fits=found.fits and found.held <= self.memory)
         program = Program(self.stage, self.phase, name, found)
         self.programs.append(program)
         self.report(program)
@@ -78,7 +82,9 @@ class Record:
         if self.cache is None:
             return figures(lowered)
         device = mesh.devices.flat[0]
-        readers = map(inspect.getsource, (compiled, hlo))  # other readers find other figures
+        readers = map(
+            inspect.getsource, (compiled, hlo, library)
+        )  # other readers find other figures
         parts = (lowered.as_text(), device.device_kind, device.client.platform_version, *readers)
         path = self.cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
         if not path.exists():

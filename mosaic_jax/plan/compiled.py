@@ -3,20 +3,34 @@
 The compiler's cost analysis counts a loop's body once, however often it runs. So XLA analyses the
 text of every loop's body alone. This gives the body's share of the compiler's count, which is then
 multiplied by the number of times the loop runs.
+
+The GPU's compiler gives no count, and `jax.stages.Lowered.cost_analysis` neither, for devices that
+are not there. There the count is that of the compiled text. The lowered program would not do: it
+is not yet divided over the devices, and not yet fused. What the text leaves to cuDNN and cuBLAS is
+counted from the shapes (`mosaic_jax/plan/library.py`).
 """
 
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import jax
 
 from mosaic_jax import compat
+from mosaic_jax.plan import library
 from mosaic_jax.plan.hlo import Collective, Module, alone
 
 COUNTS = {"flops": "flops", "bytes": "bytes accessed"}
 """Our names of what is counted, and XLA's."""
+
+NO_TILES = "Couldn't find output tile sizes"
+"""What the GPU's compiler says of a product that Triton's tiling does not suit. With a GPU it
+compiles every tiling and cuBLAS's call, drops what does not compile and takes the fastest
+(openxla/xla, xla/backends/autotuner/autotuner.cc). Without one it takes a tiling untried."""
+
+WITHOUT_TRITON: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+"""Compiler options that leave all products to cuBLAS."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +40,12 @@ class Figures:
     Attributes:
       flops: floating-point operations.
       bytes: read and written, padding included.
-      counted_once: the compiler's own flops and bytes, which count every loop's body once.
+      counted_once: flops and bytes with every loop's body counted once, as the compiler does.
       exact: whether every loop's length is known; a body of unknown length counts once.
       held: bytes of arguments, results and temporaries.
       arguments: bytes of the arguments alone.
       fits: whether the compiler found room for them.
+      triton: whether the compiler could write products in Triton, see `NO_TILES`.
       collectives: all of the program.
       axes: for each result, the axis that is sharded over the devices; empty if it does not fit.
     """
@@ -42,6 +57,7 @@ class Figures:
     held: int
     arguments: int
     fits: bool
+    triton: bool
     collectives: list[Collective]
     axes: list[int | None]
 
@@ -59,14 +75,12 @@ def figures(lowered: jax.stages.Lowered) -> Figures:
       jax.errors.JaxRuntimeError: compilation failed for another reason than want of memory.
     """
     try:
-        compiled = lowered.compile()
+        compiled, triton = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
         return _too_large(str(error), error)
-    module, cost = Module(compiled.as_text() or ""), compiled.cost_analysis() or {}
-    memory: Any = compiled.memory_analysis()
-    once = {name: max(cost.get(key, 0.0), 0.0) for name, key in COUNTS.items()}
+    module, memory = Module(compiled.as_text() or ""), cast(Any, compiled.memory_analysis())
     exact = all(known for _, _, known in module.loops())
-    totals = {name: times * once[name] for name, times in growth(module).items()}
+    totals, once = counted(module, compiled.cost_analysis())
     shapes, shardings = (
         jax.tree.leaves(tree) for tree in (compiled.out_info, compiled.output_shardings)
     )
@@ -77,6 +91,7 @@ def figures(lowered: jax.stages.Lowered) -> Figures:
         held=held_bytes(compiled),
         arguments=memory.argument_size_in_bytes,
         fits=True,
+        triton=triton,
         collectives=module.collectives(),
         axes=[_axis(info.shape, where) for info, where in zip(shapes, shardings, strict=True)],
     )
@@ -89,30 +104,55 @@ def held_bytes(compiled: jax.stages.Compiled) -> int:
     return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
+    """Compile, without Triton where it stops; return also whether Triton was left in."""
+    try:
+        return lowered.compile(), True
+    except jax.errors.JaxRuntimeError as error:
+        if NO_TILES not in str(error):
+            raise
+        return lowered.compile(WITHOUT_TRITON), False
+
+
 def _too_large(message: str, error: Exception) -> Figures:
     """Return the figures of a program that does not fit on the device."""
     used = re.search(r"(?:Used |required[^(]*\()([\d.]+)([KMG])\b", message)
     if "RESOURCE_EXHAUSTED" not in message or used is None:
         raise error
     held = float(used[1]) * 1024 ** ("KMG".index(used[2]) + 1)
-    return Figures(0.0, 0.0, {}, False, int(held), 0, False, [], [])
+    return Figures(0.0, 0.0, {}, False, int(held), 0, False, True, [], [])
 
 
-def growth(module: Module) -> dict[str, float]:
-    """Return, for each of `COUNTS`, the ratio of a program's total to its count with loops once."""
+def counted(
+    module: Module, cost: dict[str, float] | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Count `COUNTS` of a compiled program, with loops as often as they run and with loops once.
+
+    Args:
+      module: the program's text.
+      cost: the compiler's own analysis with loops once. Without one, the text's is taken.
+
+    Returns:
+      Both counts, by our names.
+    """
 
     @cache
-    def counted(name: str) -> dict[str, float]:
+    def by_xla(name: str) -> dict[str, float]:
         found = compat.cost_of_text(alone(module, name))
         return {count: float(found.get(key, 0.0)) for count, key in COUNTS.items()}
 
-    totals = dict.fromkeys(COUNTS, 0.0)
+    totals, once = dict.fromkeys(COUNTS, 0.0), by_xla(module.entry).copy()
     for name, times, _ in module.loops():
+        by_library = library.counted(module, name)
         for key in COUNTS:
-            inner = sum(counted(body)[key] for body in module.inner(name))
-            totals[key] += times * (counted(name)[key] - inner)
-    once = counted(module.entry)
-    return {key: totals[key] / once[key] if once[key] > 0 else 1.0 for key in COUNTS}
+            inner = sum(by_xla(body)[key] for body in module.inner(name))
+            totals[key] += times * (by_xla(name)[key] - inner + by_library[key])
+            once[key] += by_library[key]
+    if not cost:
+        return totals, once
+    theirs = {name: max(cost.get(key, 0.0), 0.0) for name, key in COUNTS.items()}
+    growth = {key: totals[key] / once[key] if once[key] > 0 else 1.0 for key in COUNTS}
+    return {key: growth[key] * theirs[key] for key in COUNTS}, theirs
 
 
 def _axis(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> int | None:

@@ -4,6 +4,7 @@ The compiler's cost analysis counts the body of a loop once, however often it ru
 computation is analysed alone, and counted as often as the loops around it run.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -46,6 +47,19 @@ class Collective:
     times: int = 1
     in_loop: bool = False
     source: str = ""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of an array in a program's text.
+
+    Attributes:
+      bytes: of all elements.
+      dims: length of each axis.
+    """
+
+    bytes: int
+    dims: tuple[int, ...]
 
 
 @dataclass
@@ -102,30 +116,30 @@ class Module:
             return int(known[1])
         limits = [
             int(found[1])
-            for name in self._reached(condition)
+            for name in self.reached(condition)
             for text in self.computations[name].lines
             if (found := re.search(r"= s32\[\]\S* constant\((\d+)\)", text))
         ]
         compares = [
             text
-            for name in self._reached(condition)
+            for name in self.reached(condition)
             for text in self.computations[name].lines
             if " compare(" in text and "direction=LT" in text
         ]
         return limits[0] if len(limits) == 1 and len(compares) == 1 else None
 
-    def _reached(self, name: str) -> Iterator[str]:
+    def reached(self, name: str) -> Iterator[str]:
         """Yield a computation and all it calls, each as often as it is called, without loops."""
         yield name
         for other in self.computations[name].calls:
-            yield from self._reached(other)
+            yield from self.reached(other)
 
     def loops(self) -> Iterator[tuple[str, int, bool]]:
         """Yield the entry and every loop's body: name, number of runs, and whether it is known."""
 
         def inside(name: str, times: int, known: bool) -> Iterator[tuple[str, int, bool]]:
             yield name, times, known
-            for part in self._reached(name):
+            for part in self.reached(name):
                 for body, trips in self.computations[part].loops:
                     yield from inside(body, times * (trips or 1), known and trips is not None)
 
@@ -133,7 +147,7 @@ class Module:
 
     def inner(self, name: str) -> list[str]:
         """Return the bodies of the loops in a computation and in its calls, not of nested loops."""
-        return [body for part in self._reached(name) for body, _ in self.computations[part].loops]
+        return [body for part in self.reached(name) for body, _ in self.computations[part].loops]
 
     def collectives(self) -> list[Collective]:
         """Return all collectives, those in loops with the number of their runs.
@@ -144,7 +158,7 @@ class Module:
         found = []
         for name, times, _ in self.loops():
             in_fusions = set()
-            for part in self._reached(name):
+            for part in self.reached(name):
                 for line in self.computations[part].lines:
                     each = self._collective(line, times, name != self.entry)
                     channel = re.search(r"channel_id=\d+", line)
@@ -160,10 +174,7 @@ class Module:
         found = re.match(rf"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ({kinds})(-start)?\(", line)
         if not found:
             return None
-        sizes = [_bytes(*shape) for shape in _SHAPE.findall(found[1])]
-        size = sum(sizes)
-        if found[3] and found[2] in ("all-gather", "collective-permute"):
-            size = max(sizes)  # of an operand and its result; the rest are scalars
+        size = _exchanged(found[1], f"{found[2]}{found[3] or ''}")
         devices = self._group(line)
         if found[2] == "reduce-scatter":
             size *= devices
@@ -183,12 +194,30 @@ def _names(text: str) -> list[str]:
     return [name.strip().lstrip("%") for name in text.strip("{}").split(",") if name.strip()]
 
 
-def _bytes(dtype: str, shape: str) -> int:
+def shapes(text: str) -> list[Shape]:
+    """Return the shapes of the arrays in a part of a program's text, such as a tuple's."""
+    return [_shape(*found) for found in _SHAPE.findall(text)]
+
+
+def _shape(dtype: str, lengths: str) -> Shape:
     bits = re.match(r"[a-z]+(\d+)", dtype)
     width = BYTES.get(dtype) or (max(1, int(bits[1]) // 8) if bits else 0)
-    for size in shape.split(",") if shape else []:
-        width *= int(size)
-    return width
+    dims = tuple(map(int, lengths.split(","))) if lengths else ()
+    return Shape(width * math.prod(dims), dims)
+
+
+def _exchanged(result: str, operation: str) -> int:
+    """Return the bytes of a collective's result, given the text of its shapes.
+
+    An operation that starts a collective has operands in its result, before the collective's own.
+    """
+    text = re.sub(r"\{[^{}]*\}", "", result)
+    if text.startswith("((") and operation.endswith("-start"):
+        return sum(each.bytes for each in shapes(text.partition("), ")[2]))
+    sizes = [each.bytes for each in shapes(text)]
+    # The largest is the result, or is as large; the smallest are scalars that a TPU adds.
+    one = operation in ("all-gather-start", "collective-permute-start")
+    return max(sizes) if one else sum(sizes)
 
 
 def alone(module: Module, name: str) -> str:

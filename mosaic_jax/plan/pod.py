@@ -1,4 +1,4 @@
-"""Plan one TPU slice: its chips, the run's settings and shapes, and lanes that fit."""
+"""Plan one topology, a TPU slice or a host's GPUs: devices, settings, shapes, lanes that fit."""
 
 import argparse
 import dataclasses
@@ -14,9 +14,10 @@ from mosaic_jax import compat, parallel, settings
 from mosaic_jax.config import Config
 from mosaic_jax.data import catalog, sources
 from mosaic_jax.federation import build_federation
+from mosaic_jax.plan import gpus
 from mosaic_jax.plan.abstract import Program, Record, abstract_federation, walk
 from mosaic_jax.plan.chips import CHIPS, Chip
-from mosaic_jax.plan.tables import SlicePlan
+from mosaic_jax.plan.tables import TopologyPlan
 from mosaic_jax.sweep import launch
 from mosaic_jax.types import Dataset, UserError, unknown_name
 
@@ -30,6 +31,9 @@ IMAGES = {
     "food101": (75_750, 25_250),
 }
 """Numbers of training and test images of the published sets."""
+
+COMPILERS = {"tpu": "libtpu", "gpu": "jax_cuda13_plugin"}
+"""The package with the compiler of each kind of chip, installed by the extra of the kind's name."""
 
 ROOM = 100
 """Minimum ratio of average to smallest client size for a Dirichlet split. Below it, draws without
@@ -98,7 +102,9 @@ def settings_of(
     if images and known and images > known:
         notes.append(f"{config.data.name} has {known} images; here it has {images}")
     if config.model.conv == "auto":
-        changes["model.conv"] = "native"  # what "auto" is on a TPU
+        changes["model.conv"] = "native"  # what "auto" is on TPUs and GPUs
+    if config.model.dtype == "auto":
+        changes["model.dtype"] = "bfloat16"  # the same
     if lanes is not None:
         changes["parallel.lanes"] = lanes
     return _config(arguments.config, changes), notes
@@ -115,39 +121,47 @@ def _config(given: str, changes: dict[str, Any]) -> Config:
         raise UserError(" ".join(str(error).split())) from None
 
 
-def slice_mesh(topology: str, count: int | None) -> tuple[Chip, Mesh]:
-    """Return the kind of a slice's chips and a mesh of one axis over them.
+def topology_mesh(topology: str, count: int | None) -> tuple[Chip, Mesh]:
+    """Return the kind of a topology's chips and a mesh of one axis over them.
 
     Args:
-      topology: the compiler's name of the slice, as `v5e:16x16`.
+      topology: the compiler's name of a TPU slice, as `v5e:16x16`, or GPUs of a host, as `h100:8`.
       count: how many of its chips to use; None uses all.
 
     Raises:
-      UserError: there is no compiler, or it knows no such slice.
+      UserError: there is no compiler, or it knows no such topology.
     """
-    chip = CHIPS.get(topology.partition(":")[0])
+    family, _, size = topology.partition(":")
+    chip = CHIPS.get(family)
     if chip is None:
-        known = list(CHIPS)
-        raise UserError(unknown_name("chip", topology.partition(":")[0], known))
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("libtpu is not installed; pip install '.[tpu]'")
+        raise UserError(unknown_name("chip", family, CHIPS))
+    if chip.platform == "gpu" and size not in chip.topologies.values():
+        known = [f"{family}:{each}" for each in chip.topologies.values()]
+        raise UserError(unknown_name("topology", topology, known))
+    package = COMPILERS[chip.platform]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{package} is not installed; pip install '.[{chip.platform}]'")
     try:
-        devices = compat.tpu_slice(topology)
+        devices = (
+            gpus.devices(family, int(size))
+            if chip.platform == "gpu"
+            else compat.absent_devices(topology, "tpu")
+        )
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"the compiler knows no slice {topology!r}: {reason}") from None
+        raise UserError(f"the compiler knows no topology {topology!r}: {reason}") from None
     return chip, Mesh(np.array(devices[:count]), (parallel.AXIS,))
 
 
-def plan_slice(
+def plan_topology(
     arguments: argparse.Namespace, chip: Chip, mesh: Mesh, clients: int, dtype: str
-) -> SlicePlan:
-    """Plan the method on a slice; halve the lanes as long as a stage does not fit."""
+) -> TopologyPlan:
+    """Plan the method on a topology; halve the lanes as long as a stage does not fit."""
     lanes: int | None = None
     tried: list[str] = []
     while True:
         config, notes = settings_of(arguments, clients, dtype, lanes)
-        record = Record(arguments.cache, _progress)
+        record = Record(arguments.cache, _progress, chip.memory)
         one_device = Mesh(np.array(jax.devices("cpu")[:1]), (parallel.AXIS,))
         here = dataclasses.replace(parallel.Layout.of(config.parallel), mesh=one_device)
         built = build_federation(config, dataset(config), here)
@@ -158,12 +172,26 @@ def plan_slice(
         if federation.batch_size < config.local_update.batch_size:
             size = federation.batch_size
             notes.append(f"no client holds more than {size} images: local steps are of {size}")
-        found = SlicePlan(chip, mesh.size, config, stages, record.programs, notes + tried)
+        notes += _without_triton(record.programs)
+        found = TopologyPlan(chip, mesh.size, config, stages, record.programs, notes + tried)
         if not unfit or now == 1 or arguments.keep_lanes:
             return found
         names = ", ".join(dict.fromkeys(each.stage for each in unfit))
         lanes = now // 2
         tried.append(f"{now} lanes do not fit in {names}: parallel.lanes = {lanes}")
+
+
+def _without_triton(programs: list[Program]) -> list[str]:
+    """Return a note on the programs that were compiled a second time, without Triton."""
+    left = dict.fromkeys(
+        f"{each.stage} {each.phase}" for each in programs if not each.figures.triton
+    )
+    if not left:
+        return []
+    return [
+        f"matrix products by cuBLAS alone: {', '.join(left)}. Triton's tiling does not suit a "
+        "product there; a GPU's own compiler tries cuBLAS, too, one without a GPU does not"
+    ]
 
 
 def _progress(program: Program) -> None:

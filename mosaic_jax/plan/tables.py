@@ -1,4 +1,4 @@
-"""Show the plan of a slice in tables (`mosaic_jax/plan/pod.py` makes it)."""
+"""Show the plan of a topology in tables (`mosaic_jax/plan/pod.py` makes it)."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -44,12 +44,12 @@ SCALING = (
     "share",
     "efficiency",
 )
-"""Columns of the table of a local round on slices of several sizes."""
+"""Columns of the table of a local round on several numbers of chips."""
 
 
 @dataclass(frozen=True)
-class SlicePlan:
-    """The plan of one slice.
+class TopologyPlan:
+    """The plan of one topology.
 
     Attributes:
       chip: the kind of chip.
@@ -73,10 +73,14 @@ class SlicePlan:
 
     def seconds(self, stage: str, *phases: str) -> float:
         """Return the roofline's time of one run of each of a stage's programs."""
-        return sum(chips.seconds(each.figures, self.chip) for each in self.of(stage, *phases))
+        return sum(self.time(each) for each in self.of(stage, *phases))
+
+    def time(self, program: Program) -> float:
+        """Return the roofline's time of one run of a program, in seconds."""
+        return chips.seconds(program.figures, self.chip, self.config.model.dtype)
 
 
-def row(plan: SlicePlan, program: Program) -> list[str]:
+def row(plan: TopologyPlan, program: Program) -> list[str]:
     """Return one program's row of the table, see `HEAD`."""
     found = program.figures
     stage = next((each for each in plan.stages if each.name == program.stage), None)
@@ -84,7 +88,7 @@ def row(plan: SlicePlan, program: Program) -> list[str]:
     steps = stage.client_steps if stage and makes_steps else 0
     together = program.stage in SERVER
     shared_out = (steps if together else steps / plan.count) or 1
-    time = chips.seconds(found, plan.chip)
+    time = plan.time(program)
     at_least = "" if found.exact else "≥ "
     return [
         program.stage,
@@ -111,7 +115,7 @@ def exchanged(collectives: list[Collective]) -> str:
     return ", ".join([*parts, *(f"{k} in loops {s / 1e6:.3g}" for k, s in inside.items())]) or "-"
 
 
-def stage_rows(plan: SlicePlan) -> list[list[str]]:
+def stage_rows(plan: TopologyPlan) -> list[list[str]]:
     """Return the least seconds of each stage and of the whole run, without evaluations."""
     rows, total = [], 0.0
     for stage in plan.stages:
@@ -122,8 +126,8 @@ def stage_rows(plan: SlicePlan) -> list[list[str]]:
     return [*rows, ["all", "", "", f"{total:.4g}"]]
 
 
-def scaling_rows(plans: list[SlicePlan]) -> list[list[str]]:
-    """Compare a local round on slices of several sizes with the first slice."""
+def scaling_rows(plans: list[TopologyPlan]) -> list[list[str]]:
+    """Compare a local round on several numbers of chips with the first."""
     rows = []
     for plan in plans:
         [program] = plan.of("local_update", "block")
@@ -148,7 +152,7 @@ def scaling_rows(plans: list[SlicePlan]) -> list[list[str]]:
     return rows
 
 
-def show(plan: SlicePlan, title: str) -> None:
+def show(plan: TopologyPlan, title: str) -> None:
     """Print both tables of a plan."""
     print(f"\n### {title}\n")
     for note in plan.notes:

@@ -38,3 +38,29 @@ def test_figures_are_compiled_once(tmp_path, compilations):
     first, second = (each.figures for each in record.programs)
     assert first == second
     assert first.axes == [None]
+
+
+def test_more_than_the_memory_does_not_fit():
+    lowered = jax.jit(lambda x: x @ x).lower(jnp.zeros((8, 8)))
+    for memory, fits in ((2 * 8 * 8 * 4, True), (8 * 8 * 4, False)):
+        record = Record(memory=memory)
+        assert record.compiled("product", lowered, parallel.make_mesh(1)).fits is fits
+
+
+class NoTiles:
+    """A lowered program that does not compile as long as products may be Triton's."""
+
+    def __init__(self, lowered):
+        self.lowered = lowered
+
+    def compile(self, options=None):
+        if options is None:
+            raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that ...")
+        return self.lowered.compile(options)
+
+
+def test_a_product_without_tiles_is_compiled_without_triton():
+    lowered = jax.jit(lambda x: x @ x).lower(jnp.zeros((8, 8)))
+    found, usual = figures(NoTiles(lowered)), figures(lowered)
+    assert (found.triton, usual.triton) == (False, True)
+    assert found.flops == usual.flops == pytest.approx(2 * 8**3, rel=0.1)

@@ -64,3 +64,20 @@ ENTRY %main (r: f32[8,4]) -> f32[32,4] {
 """
     kinds = sorted(each.kind for each in Module(text).collectives())
     assert kinds == ["all-gather", "all-reduce", "all-reduce"]
+
+
+def test_what_a_gpu_starts_counts_by_its_result():
+    text = """HloModule program, num_partitions=4
+
+ENTRY %main (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %a = ((f32[8,4]{1,0}), f32[8,4]{1,0}) all-to-all-start(%p), replica_groups={{0,1,2,3}}
+  %b = f32[8,4]{1,0} all-to-all-done(%a)
+  %c = ((f32[8,4]{1,0}), f32[2,4]{1,0}) reduce-scatter-start(%b), replica_groups={{0,1,2,3}}
+  %d = f32[2,4]{1,0} reduce-scatter-done(%c)
+  %e = ((f32[2,4]{1,0}, f32[2,4]{1,0}), (f32[8,4]{1,0}, f32[8,4]{1,0})) all-gather-start(%d, %d)
+  ROOT %f = (f32[8,4]{1,0}, f32[8,4]{1,0}) all-gather-done(%e)
+}
+"""
+    sizes = {each.kind: each.bytes for each in Module(text).collectives()}
+    assert sizes == {"all-to-all": 128, "reduce-scatter": 128, "all-gather": 256}

@@ -60,7 +60,7 @@ def test_a_stage_more_and_the_plan_stops_where_it_is_told(walked, make_federatio
 
 def test_tables_have_every_stage(walked, capsys):
     federation, stages, _, programs = walked
-    plan = tables.SlicePlan(CHIPS["v5e"], 1, federation.config, stages, programs, ["a note"])
+    plan = tables.TopologyPlan(CHIPS["v5e"], 1, federation.config, stages, programs, ["a note"])
     tables.show(plan, "title")
     lines = capsys.readouterr().out.splitlines()
     assert "- a note" in lines
