@@ -78,6 +78,15 @@ def cut(
     return taken.view(len(positions), height, width, channels).permute(0, 3, 1, 2)
 
 
+def augmented(framed: Tensor, positions: Tensor, padding: int, flip: bool) -> Tensor:
+    """Gather a batch `[batch, c, h, w]` of the framed set, cropped and mirrored at random if set."""
+    if not (padding or flip):
+        return take(framed, positions)
+    device, batch = framed.device, len(positions)
+    is_mirrored = torch.rand(batch, device=device) < 0.5 if flip else None
+    return cut(framed, positions, corners(batch, padding, device), is_mirrored, padding)
+
+
 def crop(images: Tensor, corners: Tensor, padding: int) -> Tensor:
     """Cut each image `[batch, c, h, w]` out of a black frame of `padding` pixels."""
     return _Crop.apply(images, corners, padding)

@@ -114,18 +114,10 @@ class Mosaic:
 
     def batches(self, client: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `steps` augmented batches of a client."""
-        size = self.config.local_update.batch_size
+        augment, size = self.config.data, self.config.local_update.batch_size
         for positions in islice(data.epochs(self.index[client], size), steps):
-            yield self.augmented(positions), self.labels.index_select(0, positions)
-
-    def augmented(self, positions: Tensor) -> Tensor:
-        """Gather a batch `[batch, c, h, w]`, cropped and mirrored at random if set."""
-        augment, batch = self.config.data, len(positions)
-        if not (augment.crop_padding or augment.flip):
-            return data.take(self.images, positions)
-        corners = data.corners(batch, augment.crop_padding, self.device)
-        is_mirrored = torch.rand(batch, device=self.device) < 0.5 if augment.flip else None
-        return data.cut(self.framed, positions, corners, is_mirrored, augment.crop_padding)
+            images = data.augmented(self.framed, positions, augment.crop_padding, augment.flip)
+            yield images, self.labels.index_select(0, positions)
 
     def local_round(
         self, learning_rate: float, steps: int, batch_norm: str = "train", keep: bool = False
