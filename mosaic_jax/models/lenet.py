@@ -36,11 +36,11 @@ class LeNet(nn.Module):
         if min(images.shape[1:3]) < SMALLEST:
             raise ValueError(f"it needs images of {SMALLEST} pixels or more")
         x = normalise_images(images, self.mean, self.std).astype(self.dtype)
-        for stage, features in enumerate((6, 16)):
-            x = ConvPool(features, self.conv_impl, name=f"conv{stage + 1}")(x)
+        for stage, channels in enumerate((6, 16)):
+            x = ConvPool(channels, self.conv_impl, name=f"conv{stage + 1}")(x)
         x = x.reshape(len(x), -1)
-        for layer, features in enumerate((120, 84)):
-            x = nn.relu(Dense(features, name=f"hidden{layer + 1}")(x))
+        for layer, width in enumerate((120, 84)):
+            x = nn.relu(Dense(width, name=f"hidden{layer + 1}")(x))
         features = x.astype(jnp.float32)
         return Outputs(logits=Dense(self.num_classes, name="head")(features), features=features)
 

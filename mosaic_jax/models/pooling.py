@@ -43,8 +43,8 @@ def convolve_and_pool(x: Array, kernel: Array, conv_impl: str) -> Array:
     return largest(_phases(x.transpose(3, 1, 2, 0), kernel)).transpose(3, 1, 2, 0)
 
 
-def largest(values: Sequence[Array]) -> Array:
-    """Return the largest of four arrays, elementwise; of equal ones the first has the gradient."""
+def largest(values: Sequence[Array] | Array) -> Array:
+    """Return the largest of four arrays `[4, ...]`; of equal ones the first has the gradient."""
     return _largest(*values)
 
 

@@ -52,7 +52,7 @@ class Blocks(Record):
         if self.phase == "block":
             self.kept.append((self.stage, lowered.compile()))
         axes: list[int | None] = [None] * len(jax.tree.leaves(lowered.out_info))
-        return Figures(0.0, 0.0, {}, False, 0, 0, True, [], axes)
+        return Figures(0.0, 0.0, {}, False, 0, 0, True, True, [], axes)
 
 
 def rows(options: Options, deadline: float) -> Iterator[Row]:

@@ -79,7 +79,7 @@ def cut(
 
 
 def augmented(framed: Tensor, positions: Tensor, padding: int, flip: bool) -> Tensor:
-    """Gather a batch `[batch, c, h, w]` of the framed set, cropped and mirrored at random if set."""
+    """Gather a batch `[batch, c, h, w]` of the framed set, cropped and mirrored if set."""
     if not (padding or flip):
         return take(framed, positions)
     device, batch = framed.device, len(positions)
