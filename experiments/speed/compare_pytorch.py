@@ -13,8 +13,9 @@ PyTorch first finds the chunk of images that is fastest for its models in eval m
 one pass through the whole method, which compiles ours and is timed, too. Then every stage runs
 A B A B. The table gives medians and ranges of the times and of the paired ratios PyTorch / ours,
 client-steps a second, and the share of the machine's measured matrix-product peak. Operations are
-counted by XLA's cost analysis of one step, with native convolutions. The command also runs on a
-GPU.
+counted by XLA's cost analysis of one step, with native convolutions. With
+`knowledge_distillation.pool_passes` both sides distil on pools; in "distillation, no pool" PyTorch
+draws new images in every step. The command also runs on a GPU.
 """
 
 import argparse
@@ -53,7 +54,11 @@ SCHEDULE = {
 """The pipeline's lengths. All else is as in `configs/fashion_mnist.py`. `--set` changes any of
 it."""
 
-VARIANTS = ("local round, torch.func.vmap", "local round, torch.compile")
+VARIANTS = (
+    "local round, torch.func.vmap",
+    "local round, torch.compile",
+    "distillation, no pool",
+)
 """Other ways of a stage in PyTorch; a row each where they run."""
 
 
