@@ -73,17 +73,18 @@ def inputs_of(student, state, first):
 @pytest.mark.parametrize(
     "source",
     [
-        {"knowledge_distillation.class_prior": True},
-        {"knowledge_distillation.generators_per_step": 1},
+        {
+            "knowledge_distillation.class_prior": True,
+            "knowledge_distillation.generators_per_step": 1,
+        },
         {"knowledge_distillation.images": "real"},
     ],
 )
 def test_a_block_learns_from_the_first_draws_of_its_steps(states, source):
     """Four steps by hand, on images of draws 4 and 5: a pool of two batches, passed twice."""
-    student, state = (
-        knowledge_distillation.Student(unequal(**SETTINGS, **POOL, **source)),
-        states["meta_model"],
-    )
+    long = {"knowledge_distillation.steps": 40}  # or the learning rate has fallen to 0
+    student = knowledge_distillation.Student(unequal(**SETTINGS, **POOL, **source, **long))
+    state = states["meta_model"]
     inputs, first = inputs_of(student, state, 4), student.start(state["global"])
     found, metrics = jax.jit(student.block)(first, inputs)
     draw, learn = jax.jit(student.draw), jax.jit(student.learn)
@@ -95,9 +96,16 @@ def test_a_block_learns_from_the_first_draws_of_its_steps(states, source):
         chosen = images[numbers, places], targets[numbers, places]
         carry, figures = learn(carry, jnp.int32(4 + index), *chosen, inputs)
         losses.append(figures["loss"])
-    assert_close(found.student, carry.student, rtol=1e-3, atol=1e-4)
-    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
-    assert differ(found.student["params"], state["global"]["params"], by=1e-3)
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    way = distance(carry.student["params"], first.student["params"])
+    assert way > 1
+    assert distance(found.student["params"], carry.student["params"]) < 1e-3 * way
+
+
+def distance(one, other):
+    """Sum the differences of all numbers of two trees: Adam may move a single one anywhere."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return sum(float(jnp.abs(a - b).sum()) for a, b in pairs)
 
 
 def test_a_stage_on_pools_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(states):
