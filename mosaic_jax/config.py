@@ -198,6 +198,8 @@ class KnowledgeDistillation:
 
     steps: Count = 1500
     block_steps: int = 50  # steps in one compiled call
+    # over a pool of images that a block draws and the teacher labels once; 1: new ones every step
+    pool_passes: int = 1
     images_per_generator: int = 32  # on average; shared out by the clients' numbers of images
     generators_per_step: Count = 0  # seeded draw, a divisor of the clients; 0: all, at most 256
     # averaged: of one generator, the clients' mean weights; real: an oracle no federation could run

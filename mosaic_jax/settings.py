@@ -243,6 +243,12 @@ def _check_distillation(config: Config) -> None:
                 f"{name}.steps = {stage.steps} is not a multiple of "
                 f"{name}.block_steps = {stage.block_steps}"
             )
+    if distillation.pool_passes > distillation.block_steps:
+        raise UserError(
+            f"knowledge_distillation.pool_passes = {distillation.pool_passes} makes a pool smaller "
+            "than a batch; the most passes are knowledge_distillation.block_steps = "
+            f"{distillation.block_steps}"
+        )
     if config.method == "mosaic" and needs_generators(config) and not generator.steps:
         raise UserError(
             f"knowledge_distillation.images = {distillation.images!r}, but "

@@ -15,8 +15,9 @@ A B A B. The table gives medians and ranges of the times and of the paired ratio
 client-steps a second, and the share of the machine's measured matrix-product peak. Operations are
 counted by XLA's cost analysis of one step, with native convolutions. Rows are written as they come.
 
-The command also runs on a GPU. Where `model.dtype` is bfloat16, which is the default there, the
-forward passes of PyTorch's networks run under autocast.
+With `knowledge_distillation.pool_passes` both sides distil on pools; in "distillation, no pool"
+PyTorch draws new images in every step. The command also runs on a GPU. Where `model.dtype` is
+bfloat16, which is the default there, the forward passes of PyTorch's networks run under autocast.
 """
 
 import argparse
@@ -53,7 +54,11 @@ SCHEDULE = {
 }
 """The pipeline's lengths. All else is as in `--config`. `--set` changes any of it."""
 
-VARIANTS = ("local round, torch.func.vmap", "local round, torch.compile")
+VARIANTS = (
+    "local round, torch.func.vmap",
+    "local round, torch.compile",
+    "distillation, no pool",
+)
 """Other ways of a stage in PyTorch; a row each where they run."""
 
 

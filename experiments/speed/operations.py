@@ -18,6 +18,7 @@ from mosaic_jax.models import build_classifier
 from mosaic_jax.stages.client_generator import LOSS_WEIGHTS, ClientGenerator, GeneratorClient
 from mosaic_jax.stages.federated_round import round_inputs
 from mosaic_jax.stages.generator_optimization import generator_inputs
+from mosaic_jax.stages.image_pool import draws_per_block
 from mosaic_jax.stages.knowledge_distillation import LOSS_WEIGHTS as DISTILLATION_WEIGHTS
 from mosaic_jax.stages.knowledge_distillation import Student
 from mosaic_jax.stages.local_update import Batch, ClientUpdate
@@ -45,7 +46,8 @@ def operations(federation: Federation, state: State) -> dict[str, float]:
     teacher = len(expert_weights(counts)[0]) * image + fusing
     settings = federation.config.knowledge_distillation
     batch = settings.images_per_generator * len(counts)
-    student = of_student(federation, state, batch) + batch * (teacher + drawing)
+    drawn = batch * draws_per_block(settings) / settings.block_steps
+    student = of_student(federation, state, batch) + drawn * (teacher + drawing)
     local = of_local_update(federation, state)
     return {
         "local": local,

@@ -1,6 +1,7 @@
 """Where the student's images come from: the ensemble of generators, and two sources to compare.
 
-A source is prepared once a block, outside the compiled call, and sampled once a step inside it.
+A source is prepared once a block, outside the compiled call, and sampled inside it: once a step, or
+once a batch of the block's pool.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from mosaic_jax.federation import Federation
 from mosaic_jax.parallel import offload
 from mosaic_jax.stages.generator_ensemble import Ensemble, log_class_prior
 from mosaic_jax.stages.generator_optimization import check_room
+from mosaic_jax.stages.image_pool import draws_per_block
 from mosaic_jax.stages.stage import State
 from mosaic_jax.types import Array, PyTree, TrainingImages, Variables
 
@@ -26,15 +28,15 @@ class ImageSource(Protocol):
     """A source of the student's images."""
 
     def prepare(self, state: State, key: Array, first: int) -> PyTree:
-        """Return what a block's samples are drawn from; `first` is the block's first step."""
+        """Return what a block's batches are drawn from; `first` is the block's first step."""
 
     def sample(self, prepared: PyTree, key: Array, index: Array) -> tuple[Array, Array]:
-        """Draw the batch of one step; traceable.
+        """Draw one batch; traceable.
 
         Args:
           prepared: see `prepare`.
-          key: key of the step.
-          index: of the step in its block, int32 [].
+          key: key of the draw.
+          index: of the draw in its block, int32 [].
 
         Returns:
           Images [batch, h, w, c], and what is added to the teacher's logits on them, [batch or 1,
@@ -47,26 +49,26 @@ class GeneratedImages:
 
     def __init__(self, federation: Federation):
         settings = federation.config.knowledge_distillation
-        self.layout, self.steps = federation.layout, settings.block_steps
+        self.layout, self.draws = federation.layout, draws_per_block(settings)
         self.ensemble = Ensemble(federation, settings.images_per_generator)
         self.sample_clients = self.layout.jit(jax.vmap(self.ensemble.sample_clients))
         self.log_prior = class_prior(federation)
-        check_room(federation, self.ensemble.num_strata * settings.block_steps)
+        check_room(federation, self.ensemble.num_strata * self.draws)
 
     def prepare(self, state: State, key: Array, first: int) -> PyTree:
-        """Return all generators or, if they are offloaded, those of each of the block's steps."""
+        """Return all generators or, if they are offloaded, those of each of the block's draws."""
         generators = state["generators"]
         if not offload.is_offloaded(generators):
             return {"all": generators}
-        steps = np.arange(first, first + self.steps)
-        ids = np.asarray(self.sample_clients(jax.vmap(lambda step: rng.fold(key, step))(steps)))
-        return {"of_steps": self.layout.put_replicated(trees.take(generators, ids))}
+        draws = np.arange(first, first + self.draws)
+        ids = np.asarray(self.sample_clients(jax.vmap(lambda draw: rng.fold(key, draw))(draws)))
+        return {"of_draws": self.layout.put_replicated(trees.take(generators, ids))}
 
     def sample(self, prepared: PyTree, key: Array, index: Array) -> tuple[Array, Array]:
-        """Draw images of the step's generators."""
+        """Draw images of this draw's generators."""
         client_ids = self.ensemble.sample_clients(key)
-        if "of_steps" in prepared:
-            generators = trees.take(prepared["of_steps"], index)
+        if "of_draws" in prepared:
+            generators = trees.take(prepared["of_draws"], index)
         else:
             generators = self.ensemble.take(prepared["all"], client_ids)
         prior = jnp.asarray(self.log_prior)[client_ids][self.ensemble.image_stratum]

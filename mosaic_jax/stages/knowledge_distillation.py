@@ -2,7 +2,8 @@
 
 Each step draws images from every client's generator (their ensemble is never averaged), evaluates
 the teacher on them, and moves the student, which starts from the global model, by
-kl_weight KL(t || s) + ce_weight CE(argmax t, s) + js_weight JS(t, s).
+kl_weight KL(t || s) + ce_weight CE(argmax t, s) + js_weight JS(t, s). With `pool_passes` above 1
+a block draws images for a part of its steps only and uses them several times.
 """
 
 import logging
@@ -19,6 +20,7 @@ from mosaic_jax import rng
 from mosaic_jax.federation import Federation
 from mosaic_jax.stages.evaluation import evaluator, predictions, predictor
 from mosaic_jax.stages.generator_losses import diversity_loss
+from mosaic_jax.stages.image_pool import draws_per_block, fill, shuffled, take
 from mosaic_jax.stages.image_sources import SOURCES, ImageSource
 from mosaic_jax.stages.stage import Metrics, Stage, State
 from mosaic_jax.stages.teacher import TEACHERS, Teacher
@@ -87,6 +89,7 @@ class Student:
     def __init__(self, federation: Federation):
         self.settings = federation.config.knowledge_distillation
         self.module, self.layout = federation.classifier.module, federation.layout
+        self.image_shape = federation.dataset.image_shape
         self.teacher = TEACHERS[self.settings.teacher](federation)
         self.source: ImageSource = SOURCES[self.settings.images](federation)
         self.schedule = optax.cosine_decay_schedule(1.0, self.settings.steps)
@@ -100,17 +103,51 @@ class Student:
     ) -> tuple[StudentState, dict[str, Array]]:
         """Make a block of steps; return mean metrics."""
         steps = inputs.first + jnp.arange(self.settings.block_steps)
-        carry, metrics = jax.lax.scan(lambda c, step: self.step(c, step, inputs), carry, steps)
+        if self.settings.pool_passes > 1:
+            carry, metrics = self.steps_on_pool(carry, steps, inputs)
+        else:
+            carry, metrics = jax.lax.scan(lambda c, step: self.step(c, step, inputs), carry, steps)
         return carry, jax.tree.map(jnp.mean, metrics)
+
+    def steps_on_pool(
+        self, carry: StudentState, steps: Array, inputs: DistillationInputs
+    ) -> tuple[StudentState, dict[str, Array]]:
+        """Fill a pool and make all steps on it; return metrics [steps]."""
+        draws = draws_per_block(self.settings)
+        pool = fill(lambda n: self.draw(inputs.first + n, inputs), draws, self.layout)
+        key = rng.fold(inputs.key, inputs.first + draws)  # the first step whose key draws nothing
+        numbers = shuffled(key, draws, pool.images.shape[1], len(steps))
+
+        def one(carry: StudentState, step: tuple[Array, Array]) -> tuple[StudentState, PyTree]:
+            images, target = take(pool, step[1], self.image_shape)
+            return self.learn(carry, step[0], images, target, inputs)
+
+        return jax.lax.scan(one, carry, (steps, numbers))
 
     def step(
         self, carry: StudentState, step: Array, inputs: DistillationInputs
     ) -> tuple[StudentState, dict[str, Array]]:
-        """Make one step of Adam, whose learning rate falls to 0 along a cosine over the stage."""
-        student, key = carry.student, rng.fold(inputs.key, step)
+        """Draw images and make one step on them."""
+        images, target = self.draw(step, inputs)
+        return self.learn(carry, step, images, target, inputs)
+
+    def draw(self, step: Array, inputs: DistillationInputs) -> tuple[Array, Array]:
+        """Draw images [batch, h, w, c] and ask the teacher: its logits [batch, classes]."""
+        key = rng.fold(inputs.key, step)
         images, prior = self.source.sample(inputs.prepared, key, step - inputs.first)
         images = jax.lax.with_sharding_constraint(images, self.layout.data_parallel)
-        target = self.teacher(inputs.teacher, images) + prior
+        return images, self.teacher(inputs.teacher, images) + prior
+
+    def learn(
+        self,
+        carry: StudentState,
+        step: Array,
+        images: Array,
+        target: Array,
+        inputs: DistillationInputs,
+    ) -> tuple[StudentState, dict[str, Array]]:
+        """Make one step of Adam, whose learning rate falls to 0 along a cosine over the stage."""
+        student = carry.student
         (value, (statistics, agreement)), gradient = jax.value_and_grad(self.loss, has_aux=True)(
             student["params"], student["batch_stats"], images, target, inputs.weights
         )

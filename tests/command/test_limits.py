@@ -82,6 +82,16 @@ def test_steps_must_fill_whole_blocks(stage):
     from_config_dict(nested(changes | {f"{stage}.steps": 80}))
 
 
+def test_a_pool_holds_at_least_a_batch():
+    changes = {"knowledge_distillation.block_steps": 10, "knowledge_distillation.steps": 20}
+    passes = "knowledge_distillation.pool_passes"
+    assert refusal(changes | {passes: 11}) == (
+        f"{passes} = 11 makes a pool smaller than a batch; the most passes are "
+        "knowledge_distillation.block_steps = 10"
+    )
+    from_config_dict(nested(changes | {passes: 10}))
+
+
 def test_distillation_on_generated_images_needs_generators():
     without = {"generator_optimization.steps": 0}
     assert "generator_optimization.steps is 0" in refusal(without)

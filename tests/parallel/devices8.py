@@ -18,7 +18,7 @@ from mosaic_jax.models import winograd
 from mosaic_jax.models.convolution import convolve
 from mosaic_jax.plan.hlo import Module
 from mosaic_jax.run import experiment
-from mosaic_jax.stages import generator_optimization, meta_model, teacher
+from mosaic_jax.stages import generator_optimization, image_pool, meta_model, teacher
 from mosaic_jax.stages.local_update import ClientUpdate
 from mosaic_jax.stages.rounds import Rounds
 from tests.helpers import tiny_federation
@@ -114,6 +114,25 @@ def taught(devices, together):
     return program(variables, images), sum(each.in_loop for each in found)
 
 
+def pooled(devices):
+    """Five steps' images and targets of a pool of three draws, and how often devices exchange."""
+    layout = parallel.Layout(parallel.make_mesh(devices))
+
+    def draw(number):
+        images = jax.random.normal(rng.fold(KEY, number), (16, 4, 4, 1))
+        images = jax.lax.with_sharding_constraint(images, layout.data_parallel)
+        return images, jnp.tanh(images).sum((1, 2))
+
+    def taken():
+        pool = image_pool.fill(draw, 3, layout)
+        rows = image_pool.shuffled(KEY, 3, 16, 5)
+        return jax.lax.map(lambda row: image_pool.take(pool, row, (4, 4, 1)), rows)
+
+    where = NamedSharding(layout.mesh, P(None, parallel.AXIS))
+    program = jax.jit(taken, out_shardings=where).lower().compile()
+    return program(), len(Module(program.as_text()).collectives())
+
+
 def spread_at_a_restore(devices):
     """Of what generators carry: leaves a restored run spreads, the stacks, and what is no stack."""
     layout = {"partition.clients": 4, "parallel.devices": devices, "data.image_size": 16}
@@ -146,6 +165,7 @@ def results():
         "round on 8": one_round(8),
         "split batch on 4": split_batch(4),
         "taught on 4": taught(4, 2),
+        "pooled on 4": pooled(4),
         "restored on 4": spread_at_a_restore(4),
     }
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import ROOT, assert_close, assert_same
-from tests.parallel.devices8 import one_round, reduced, split_batch, taught
+from tests.parallel.devices8 import one_round, pooled, reduced, split_batch, taught
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,12 @@ def test_a_teacher_fuses_each_devices_images_there(eight):
     logits, exchanges_in_loops = eight("taught on 4")
     assert exchanges_in_loops == 0
     assert_close(logits, taught(1, 2)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_a_pool_are_taken_where_they_were_drawn(eight):
+    images, targets, exchanges = eight("pooled on 4")
+    assert exchanges == 0
+    assert_same([images, targets], list(pooled(1)[0]))
 
 
 def test_what_is_restored_lies_spread_over_the_devices(eight):

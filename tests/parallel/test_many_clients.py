@@ -208,8 +208,11 @@ def test_a_stack_on_disk_keeps_its_rows(tmp_path):
     assert other["b"].shape == (5, 2)
 
 
-def test_a_block_of_steps_reads_its_generators_from_the_disk(make_federation, tmp_path):
-    federation = make_federation(**MANY)
+@pytest.mark.parametrize(("passes", "draws"), [(1, 2), (2, 1)])
+def test_a_block_reads_the_generators_it_draws_from_off_the_disk(
+    make_federation, tmp_path, passes, draws
+):
+    federation = make_federation(**MANY, **{"knowledge_distillation.pool_passes": passes})
     source = knowledge_distillation.Student(federation).source
     generator = generator_ensemble.build_generator(federation)
     init = jax.vmap(lambda key: generator.init(key, jnp.zeros((2, 8))))
@@ -220,7 +223,8 @@ def test_a_block_of_steps_reads_its_generators_from_the_disk(make_federation, tm
     for first in (0, 2):
         drawn = source.prepare({"generators": stack}, KEY, first)
         here = source.prepare({"generators": generators}, KEY, first)
-        for index in (0, 1):
+        assert {len(leaf) for leaf in jax.tree.leaves(drawn)} == {draws}
+        for index in range(draws):
             key = rng.fold(KEY, first + index)
             found, true = (source.sample(prepared, key, index) for prepared in (drawn, here))
             for one, other in zip(found, true, strict=True):

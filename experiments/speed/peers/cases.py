@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -194,6 +195,7 @@ class Ours:
     def loss(self) -> float:
         """Return the global model's mean cross-entropy on the test images, in eval mode."""
         dataset, apply = self.federation.dataset, self.federation.classifier.apply_eval
-        logits = jax.jit(apply)(self.state["global"], to_float(jnp.asarray(dataset.test_images))).logits
+        images = to_float(jnp.asarray(dataset.test_images))
+        logits = jax.jit(apply)(self.state["global"], images).logits
         labels = dataset.test_labels
         return float(optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean())

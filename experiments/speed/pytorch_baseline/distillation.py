@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.speed.pytorch_baseline import data
 from experiments.speed.pytorch_baseline.classifiers import Classifier
 from experiments.speed.pytorch_baseline.generator_optimization import cosine_decay
 from experiments.speed.pytorch_baseline.generators import Generator
@@ -39,6 +40,17 @@ def class_prior(counts: np.ndarray, images: np.ndarray) -> np.ndarray:
 def draw(generators: Sequence[Generator], noise: Sequence[Tensor]) -> Tensor:
     """Generate images, one for each noise vector `[images, latent]` of each generator."""
     return torch.cat([generator(z) for generator, z in zip(generators, noise, strict=True)])
+
+
+def shuffled(draws: int, batch: int, steps: int, device: torch.device) -> Tensor:
+    """Return positions in a pool of `draws` batches for each step, int64 `[steps, batch]`.
+
+    Every pass uses each image once, in a new order. An image keeps its place in the batch, so the
+    generators' shares are those of one draw.
+    """
+    passes = -(-steps // draws)
+    numbers = torch.rand(passes, draws, batch, device=device).argsort(1).flatten(0, 1)[:steps]
+    return numbers * batch + torch.arange(batch, device=device)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, settings: KnowledgeDistillation) -> Tensor:
@@ -80,12 +92,41 @@ class Student:
         self.optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, fused=True)
         self.steps_made = 0
 
-    def step(self, images: Tensor) -> dict[str, Tensor]:
-        """Take one step of Adam on images `[batch, c, h, w]`; return scalars on the device."""
+    def distil(self, draw: Callable[[], Tensor], steps: int, passes: int) -> None:
+        """Take steps on images that are drawn for each, or for a block with several passes.
+
+        Args:
+          draw: makes a batch of images `[batch, c, h, w]`.
+          steps: whole blocks of the setting `block_steps`.
+          passes: over a block's pool; 1: every step draws its images.
+        """
+        if passes == 1:
+            for _ in range(steps):
+                images = draw()
+                self.step(images, self.ask(images))
+            return
+        block = self.settings.block_steps
+        draws = -(-block // passes)
+        for _ in range(steps // block):
+            batches = [draw() for _ in range(draws)]
+            order = shuffled(draws, len(batches[0]), block, batches[0].device)
+            self.steps_on_pool(batches, order)
+
+    def steps_on_pool(self, batches: list[Tensor], order: Tensor) -> list[dict[str, Tensor]]:
+        """Ask the teacher about the batches once; take a step for each row of `shuffled`."""
+        targets = torch.cat([self.ask(images) for images in batches])
+        images = torch.cat(batches).permute(0, 2, 3, 1).contiguous()
+        return [self.step(data.take(images, row), targets.index_select(0, row)) for row in order]
+
+    def ask(self, images: Tensor) -> Tensor:
+        """Return what the student learns for images `[batch, c, h, w]`, `[batch, classes]`."""
+        return self.teacher(images) + self.prior
+
+    def step(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Take one step of Adam on images with their targets; return scalars on the device."""
         settings = self.settings
         decay = cosine_decay(self.steps_made, settings.steps)
         self.optimizer.param_groups[0]["lr"] = settings.learning_rate * decay
-        target = self.teacher(images) + self.prior
         logits = self.model(images).logits
         loss = distillation_loss(logits, target, settings)
         self.optimizer.zero_grad()

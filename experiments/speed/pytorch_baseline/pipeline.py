@@ -248,9 +248,8 @@ class Mosaic:
         return distillation.Student(self.classifier(self.server), self.teacher, added, settings)
 
     def distil(self, student: distillation.Student, steps: int) -> None:
-        """Take steps of the student, each on new images of all generators."""
-        for _ in range(steps):
-            student.step(self.generated())
+        """Take steps of the student on generated images, on pools of them if set."""
+        student.distil(self.generated, steps, self.config.knowledge_distillation.pool_passes)
 
     def generated(self) -> Tensor:
         """Generate one batch by the ensemble of generators, shared out by n_i."""

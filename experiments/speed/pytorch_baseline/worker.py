@@ -65,6 +65,7 @@ class Units:
         self.functions["teacher"] = lambda: mosaic.teacher(few)
         self.distilled = mosaic.student()
         self.functions["distillation"] = self.distillation
+        self.functions["distillation, no pool"] = self.distillation_without_pool
         return {"chunk": mosaic.chunk, "first_pass_seconds": first_pass}
 
     @torch.no_grad()
@@ -111,6 +112,11 @@ class Units:
     def distillation(self) -> None:
         """Run one block of steps; the student goes on from block to block."""
         self.mosaic.distil(self.distilled, self.config.knowledge_distillation.block_steps)
+
+    def distillation_without_pool(self) -> None:
+        """Run one block of steps, each on images of its own."""
+        steps = self.config.knowledge_distillation.block_steps
+        self.distilled.distil(self.mosaic.generated, steps, passes=1)
 
     def peak(self) -> float:
         """Return the operations a second of the best of ten matrix products."""

@@ -18,6 +18,7 @@ from mosaic_jax import settings as reader  # noqa: E402
 from mosaic_jax.data.batches import epoch_batch, to_float  # noqa: E402
 from mosaic_jax.stages import knowledge_distillation, meta_model  # noqa: E402
 from mosaic_jax.stages.generator_ensemble import build_generator  # noqa: E402
+from mosaic_jax.stages.image_pool import shuffled  # noqa: E402
 from mosaic_jax.stages.prototypes import Prototypes  # noqa: E402
 from mosaic_jax.stages.teacher import (  # noqa: E402
     Teacher,
@@ -158,22 +159,35 @@ def distillation_inputs(federation, teacher, generators):
     )
 
 
+@pytest.fixture
+def distillation(federation, mixture):
+    """Return `distillation(**changes)`: the federation, our student, its inputs and its start, the
+    baseline's student, its generators, and the images of each in a batch."""
+
+    def make(**changes):
+        changed = dataclasses.replace(federation.config.knowledge_distillation, **changes)
+        config = dataclasses.replace(federation.config, knowledge_distillation=changed)
+        mine = dataclasses.replace(federation, config=config)
+        uploads = [trained_generator(mine, seed) for seed in range(mine.num_clients)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *uploads)
+        student, variables = knowledge_distillation.Student(mine), perturbed(mine, 9)
+        counts = mine.clients.class_counts
+        batch = changed.images_per_generator * mine.num_clients
+        images = torch_distillation.shares(counts.sum(1), batch)
+        prior = torch.from_numpy(torch_distillation.class_prior(counts, images))
+        own = torch_distillation.Student(classifier(mine, variables), mixture[1], prior, changed)
+        generators = [weights.load(torch_generator(mine), upload) for upload in uploads]
+        inputs = distillation_inputs(mine, mixture[0], stacked)
+        return mine, student, inputs, variables, own, generators, images
+
+    return make
+
+
 @pytest.mark.parametrize("batch_norm", ["frozen", "train"])
-def test_distillation_steps(federation, mixture, record, request, batch_norm):
+def test_distillation_steps(distillation, record, request, batch_norm):
     """Consecutive steps on the same noise, from drawing the images to the student's weights."""
-    changed = dataclasses.replace(
-        federation.config.knowledge_distillation, batch_norm=batch_norm, steps=3
-    )
-    federation = dataclasses.replace(
-        federation, config=dataclasses.replace(federation.config, knowledge_distillation=changed)
-    )
-    uploads = [trained_generator(federation, seed) for seed in range(federation.num_clients)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *uploads)
-    student, variables = knowledge_distillation.Student(federation), perturbed(federation, 9)
-    inputs = distillation_inputs(federation, mixture[0], stacked)
-    images = torch_distillation.shares(
-        federation.clients.class_counts.sum(1),
-        changed.images_per_generator * federation.num_clients,
+    federation, student, inputs, variables, own, generators, images = distillation(
+        batch_norm=batch_norm, steps=3
     )
     draw = jax.jit(
         lambda number: student.source.sample(
@@ -182,25 +196,39 @@ def test_distillation_steps(federation, mixture, record, request, batch_norm):
     )
     own_prior = draw(0)[1]
     assert images.sum() == len(own_prior)
-    prior = torch_distillation.class_prior(federation.clients.class_counts, images)
-    record("prior", prior, own_prior)
-    generators = [weights.load(torch_generator(federation), upload) for upload in uploads]
-    own = torch_distillation.Student(
-        classifier(federation, variables), mixture[1], torch.from_numpy(prior), changed
-    )
+    record("prior", own.prior, own_prior)
     step = jax.jit(lambda carry, number: student.step(carry, number, inputs))
     carry = student.start(variables)
     for number in range(3):
         noise = ensemble_noise(federation, rng.fold(inputs.key, number), images)
         drawn = torch_distillation.draw(generators, noise)
         record("images", drawn.permute(0, 2, 3, 1), draw(number)[0])
-        found = own.step(drawn)
+        found = own.step(drawn, own.ask(drawn))
         after, metrics = step(carry, number)
         for name, value in found.items():
             record(name, value, metrics[name])
         expected = adam_gradient(carry.optimizer, after.optimizer, 0.9)
         compare(record, "gradient", own.model, gradients(own.model), {"params": expected})
         carry = after
+    compare_moved(request, own.model.eval(), variables, carry.student)
+
+
+def test_distillation_on_a_pool(distillation, record, request):
+    """A block of four steps on two draws, in our order."""
+    federation, student, inputs, variables, own, generators, images = distillation(
+        steps=4, block_steps=4, pool_passes=2
+    )
+    carry, metrics = jax.jit(student.block)(student.start(variables), inputs)
+    batches = [
+        torch_distillation.draw(generators, ensemble_noise(federation, key, images))
+        for key in (rng.fold(inputs.key, number) for number in range(2))
+    ]
+    batch = len(batches[0])
+    numbers = shuffled(rng.fold(inputs.key, 2), 2, batch, 4)
+    order = torch.from_numpy(np.array(numbers)).long() * batch + torch.arange(batch)
+    found = own.steps_on_pool(batches, order)
+    for name, value in metrics.items():
+        record(name, np.mean([each[name] for each in found]), value)
     compare_moved(request, own.model.eval(), variables, carry.student)
 
 
