@@ -5,6 +5,7 @@ import itertools
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from experiments.speed.on_accelerator import children, many_clients, memory, par
 from experiments.speed.on_accelerator.children import Cut, Failed, Options, Skipped
 from experiments.speed.on_accelerator.report import Section, markdown
 from mosaic_jax import methods
+from mosaic_jax.trees import num_bytes
 
 
 def first_two(federation, befores=None):
@@ -89,6 +91,19 @@ def test_memory_is_checked_where_the_device_tells_it(took, exact, passed, cell):
     assert row.get("passed") is passed
     assert row["measured / plan"] == cell
     assert row["plan, MiB"] == "100.0"
+
+
+def test_the_plans_programs_of_blocks_run_alone(make_federation):
+    """Each is compiled once, and results of a round on ones are whole models again."""
+    federation = make_federation(**{"parallel.devices": 1})
+    ((stage, program),) = memory.blocks(federation, "local_update")
+    assert stage == "local_update"
+    model = federation.classifier.abstract_variables()
+    lists = federation.clients.lists
+    assert memory.held_bytes(program) > num_bytes((federation.data, lists, model))
+    state = program(*memory.ones(program)).state.model
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, model)
+    assert memory.measured(program, jax.devices()[0]) == (None, False)
 
 
 def test_a_program_runs_on_ones():

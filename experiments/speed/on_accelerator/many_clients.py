@@ -31,6 +31,7 @@ FULL: dict[str, Any] = {
     "images": 60,
     "steps": 3,
     "repeats": 3,
+    "conv": "auto",
 }
 SMALL: dict[str, Any] = FULL | {
     "clients": (4, 8),
@@ -38,6 +39,7 @@ SMALL: dict[str, Any] = FULL | {
     "models": {"cnn": 4},
     "images": 16,
     "steps": 2,
+    "conv": "native",
 }
 """Sizes: widths of the models, images of a client, its steps in a round, rounds that are timed."""
 
@@ -69,6 +71,7 @@ def cell(sizes: dict[str, Any], clients: int, model: str, width: int, lanes: int
         "partition.clients": clients,
         "model.name": model,
         "model.width": width,
+        "model.conv": sizes["conv"],
         "local_update.steps": sizes["steps"],
         "parallel.lanes": lanes,
     }

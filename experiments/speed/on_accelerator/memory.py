@@ -23,7 +23,7 @@ from experiments.speed.on_accelerator import children
 from experiments.speed.on_accelerator.beside_pytorch import settings
 from experiments.speed.on_accelerator.children import Options, Row
 from mosaic_jax import parallel
-from mosaic_jax.federation import load_federation
+from mosaic_jax.federation import Federation, load_federation
 from mosaic_jax.plan.abstract import Record, abstract_federation, walk
 from mosaic_jax.plan.compiled import Figures, held_bytes
 from mosaic_jax.sweep import launch
@@ -67,13 +67,16 @@ def child(small: bool, folder: str, run: bool) -> Iterator[Row]:
     changes = settings(small) | {"parallel.devices": 1}
     config = launch.configure(launch.get_config("fashion_mnist"), "", 0, changes)
     parallel.set_up_jax(config.partition.clients)
-    federation, record = load_federation(config), Blocks()
-    walk(abstract_federation(federation, federation.layout.mesh, record), evaluate=False)
-    device = jax.devices()[0]
-    del federation
-    for stage, program in sorted(record.kept, key=lambda each: held_bytes(each[1])):
+    for stage, program in blocks(load_federation(config)):
         if run:
-            yield row(stage, held_bytes(program), *measured(program, device))
+            yield row(stage, held_bytes(program), *measured(program, jax.devices()[0]))
+
+
+def blocks(federation: Federation, until: str = "") -> list[tuple[str, jax.stages.Compiled]]:
+    """Compile the blocks of the stages, to the last or to one; return them by size."""
+    record = Blocks()
+    walk(abstract_federation(federation, federation.layout.mesh, record), until, evaluate=False)
+    return sorted(record.kept, key=lambda each: held_bytes(each[1]))
 
 
 def measured(program: jax.stages.Compiled, device: jax.Device) -> tuple[int | None, bool]:
