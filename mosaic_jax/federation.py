@@ -141,16 +141,16 @@ class Federation:
 
     @cached_property
     def classify(self) -> Callable[[Variables, Array], Array]:
-        """The whole classifier on images, one program for all evaluations.
+        """The classifier's logits, one program for all evaluations.
 
         `(variables, images uint8 [chunks, chunk, h, w, c]) -> logits [chunks, chunk, classes]`;
         the chunks are sharded over the devices.
         """
-
-        def logits(variables: Variables, images: Array) -> Array:
-            return self.classifier.apply_eval(variables, to_float(images)).logits
-
-        return self.layout.jit(self.layout.map_clients(logits))
+        apply = self.classifier.apply_eval
+        mapped = self.layout.map_clients(
+            lambda model, images: apply(model, to_float(images)).logits
+        )
+        return self.layout.jit(mapped)
 
     def key(self, stage: str, round_index: int = 0) -> Array:
         """Return the key of one stage and round of this run."""

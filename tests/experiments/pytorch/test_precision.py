@@ -17,7 +17,7 @@ def in_bfloat16():
 
 
 def classifier():
-    return build_classifier("resnet8", 10, 4, (0.5,), (0.25,))
+    return build_classifier("resnet8", 10, 4, (0.5,), (0.25,), 16)
 
 
 NETWORKS = {
