@@ -141,16 +141,12 @@ class Federation:
 
     @cached_property
     def classify(self) -> Callable[[Variables, Array], Array]:
-        """The classifier's logits, one program for all evaluations.
+        """One program for all evaluations; the chunks are sharded over the devices.
 
-        `(variables, images uint8 [chunks, chunk, h, w, c]) -> logits [chunks, chunk, classes]`;
-        the chunks are sharded over the devices.
+        `(variables, images uint8 [chunks, chunk, h, w, c]) -> logits [chunks, chunk, classes]`
         """
-        apply = self.classifier.apply_eval
-        mapped = self.layout.map_clients(
-            lambda model, images: apply(model, to_float(images)).logits
-        )
-        return self.layout.jit(mapped)
+        apply, layout = self.classifier.apply_eval, self.layout
+        return layout.jit(layout.map_clients(lambda w, x: apply(w, to_float(x)).logits))
 
     def key(self, stage: str, round_index: int = 0) -> Array:
         """Return the key of one stage and round of this run."""
