@@ -21,7 +21,7 @@ from mosaic_jax.run.ahead import compiling_ahead
 from mosaic_jax.stages.evaluation import evaluator
 from mosaic_jax.stages.generator_ensemble import sampler
 from mosaic_jax.stages.stage import Stage, State
-from mosaic_jax.stages.teacher import teacher_logits
+from mosaic_jax.stages.teacher import Teacher, teacher_logits
 
 STAGES = (
     "local round",
@@ -158,7 +158,7 @@ def block_units(
 def teacher_unit(federation: Federation, state: State, operations_each: float) -> Unit:
     """Return the unit that asks the teacher for the logits of generated images."""
     images = draw_images(federation, state)
-    mixture = {name: state[name] for name in ("experts", "meta")}
+    mixture = Teacher(state["experts"], state["meta"])
     teacher = federation.layout.jit(teacher_logits(federation))
     return Unit(
         prepare=lambda: None,

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.speed.timed_units import STAGES, units
 from experiments.speed.uneven_clients import masked
 from mosaic_jax.data.batches import batches_per_epoch, epoch_batch
 
@@ -38,3 +39,9 @@ def test_masked_share_is_that_of_the_masks(make_federation):
         shares.append(np.mean(masks))
     assert masked(federation) == pytest.approx(1 - np.mean(shares))
     assert masked(federation) > 0.1
+
+
+def test_every_unit_of_the_comparison_runs(make_federation):
+    found, _ = units(make_federation())
+    assert set(found) == set(STAGES)
+    assert all(unit.seconds() > 0 for unit in found.values())

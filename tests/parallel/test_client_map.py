@@ -133,7 +133,7 @@ def test_rounds_and_learning_rates_share_one_compiled_program(make_federation, c
     for index in (1, 2, 3):
         carry, _ = stage.block(state, carry, index)
     assert compilations.count("jit(one_round)") == 1
-    assert rounds.run._cache_size() == 1
+    assert rounds.run.jitted._cache_size() == 1
 
 
 def test_the_count_of_compilations_counts(compilations):
