@@ -7,7 +7,7 @@ operation between the two matrix products runs over whole vectors. On GPU and TP
 convolution is best.
 """
 
-from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,17 @@ CELL = 2
 """Pixels of a row or column that are pooled."""
 
 
-def convolve_and_pool(x: Array, kernel: Array, conv_impl: str) -> Array:
-    """Correlate images with a kernel and take the largest value of every 2x2 cell.
+def convolve_and_pool(x: Array, kernel: Array, bias: Array, conv_impl: str) -> Array:
+    """Correlate images with a kernel, take the largest of every 2x2 cell, add a bias, apply ReLU.
 
     Nothing is padded, and a last odd row or column of the convolution is left out. Of equal values
-    the first in reading order has the gradient, as in PyTorch.
+    the first in reading order has the gradient, as in PyTorch. Bias and ReLU keep the order of the
+    values, so they wait until a quarter is left.
 
     Args:
       x: `[batch, height, width, in]`.
       kernel: `[k, k, in, out]`, k odd.
+      bias: `[out]`.
       conv_impl: one of `convolution.CONV_IMPLS`.
 
     Returns:
@@ -39,39 +41,36 @@ def convolve_and_pool(x: Array, kernel: Array, conv_impl: str) -> Array:
     x = x[:, :height, :width]
     if resolve_conv_impl(conv_impl) == "native":
         y = convolve(x, kernel, 1, 0, "native")
-        return largest([y[:, a::CELL, b::CELL] for a in range(CELL) for b in range(CELL)])
-    return largest(_phases(x.transpose(3, 1, 2, 0), kernel)).transpose(3, 1, 2, 0)
-
-
-def largest(values: Sequence[Array] | Array) -> Array:
-    """Return the largest of four arrays `[4, ...]`; of equal ones the first has the gradient."""
-    return _largest(*values)
+        cells = [y[:, a::CELL, b::CELL] for a in range(CELL) for b in range(CELL)]
+        y = largest(jnp.stack(cells))
+        return jax.nn.relu(y + bias)
+    pooled = largest(_phases(x.transpose(3, 1, 2, 0), kernel)) + bias[:, None, None, None]
+    return jax.nn.relu(pooled).transpose(3, 1, 2, 0)
 
 
 @jax.custom_vjp
-def _largest(a: Array, b: Array, c: Array, d: Array) -> Array:
-    """Return the largest by three comparisons; a reduction over an axis is slower on XLA:CPU."""
+def largest(values: Array) -> Array:
+    """Return the largest of four arrays `[4, ...]`; of equal ones the first has the gradient."""
+    a, b, c, d = values
+    # A reduction over an axis is slower on XLA:CPU than three comparisons.
     return jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d))
 
 
-def _forward(a: Array, b: Array, c: Array, d: Array) -> tuple[Array, tuple[Array, ...]]:
+def _largest_forward(values: Array) -> tuple[Array, tuple[Array, Array]]:
     """Return the largest and what its gradient needs."""
-    y = _largest(a, b, c, d)
-    return y, (a, b, c, y)
+    y = largest(values)
+    return y, (values, y)
 
 
-def _backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
+def _largest_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array]:
     """Give the gradient to the first of the four that is the largest."""
-    *values, y = saved
-    taken, parts = jnp.zeros_like(y, bool), []
-    for value in values:
-        is_first = (value == y) & ~taken
-        parts.append(jnp.where(is_first, gradient, 0))
-        taken = taken | is_first
-    return (*parts, jnp.where(taken, 0, gradient))
+    (a, b, c, _), y = saved
+    first = jnp.where(a == y, 0, jnp.where(b == y, 1, jnp.where(c == y, 2, 3)))
+    index = jnp.arange(4).reshape(-1, *[1] * y.ndim)
+    return (jnp.where(first == index, gradient, 0),)
 
 
-_largest.defvjp(_forward, _backward)
+largest.defvjp(_largest_forward, _largest_backward)
 
 
 def _phases(x: Array, kernel: Array) -> Array:
@@ -84,10 +83,43 @@ def _phases(x: Array, kernel: Array) -> Array:
     cells, features = kernel.shape[0] // CELL + 1, kernel.shape[-1]
     x = _space_to_depth(x)
     height, width = (n - cells + 1 for n in x.shape[1:3])
-    shifts = [x[:, i : i + height, j : j + width] for i in range(cells) for j in range(cells)]
-    patches = jnp.concatenate(shifts).reshape(-1, height * width * x.shape[-1])
+    patches = _shifted(x, cells).reshape(-1, height * width * x.shape[-1])
     y = _placed(kernel) @ patches
     return y.reshape(CELL**2, features, height, width, x.shape[-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _shifted(x: Array, cells: int) -> Array:
+    """Return all shifts of `[in, h, w, batch]`: `[cells cells in, h - cells + 1, ..., batch]`."""
+    height, width = (n - cells + 1 for n in x.shape[1:3])
+    return jnp.concatenate(
+        [x[:, i : i + height, j : j + width] for i in range(cells) for j in range(cells)]
+    )
+
+
+def _shifted_forward(x: Array, cells: int) -> tuple[Array, None]:
+    """Return the shifts; their gradient needs nothing."""
+    return _shifted(x, cells), None
+
+
+def _shifted_backward(cells: int, _: None, gradient: Array) -> tuple[Array]:
+    """Add the shifts' gradients by a product with ones.
+
+    XLA:CPU would repeat additions in each operation that uses the sum.
+    """
+    _, height, width, batch = gradient.shape
+    shifts = gradient.reshape(cells, cells, -1, height, width, batch)
+    around = cells - 1
+    back = [
+        jnp.pad(shifts[i, j], [(0, 0), (i, around - i), (j, around - j), (0, 0)])
+        for i in range(cells)
+        for j in range(cells)
+    ]
+    added = jnp.ones(cells**2, gradient.dtype) @ jnp.stack(back).reshape(cells**2, -1)
+    return (added.reshape(back[0].shape),)
+
+
+_shifted.defvjp(_shifted_forward, _shifted_backward)
 
 
 def _placed(kernel: Array) -> Array:
