@@ -107,7 +107,7 @@ def _shifted_backward(cells: int, _: None, gradient: Array) -> tuple[Array]:
 
     XLA:CPU would repeat additions in each operation that uses the sum.
     """
-    _, height, width, batch = gradient.shape
+    height, width, batch = gradient.shape[1:]
     shifts = gradient.reshape(cells, cells, -1, height, width, batch)
     around = cells - 1
     back = [
