@@ -7,8 +7,6 @@ operation between the two matrix products runs over whole vectors. On GPU and TP
 convolution is best.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,8 +40,7 @@ def convolve_and_pool(x: Array, kernel: Array, bias: Array, conv_impl: str) -> A
     if resolve_conv_impl(conv_impl) == "native":
         y = convolve(x, kernel, 1, 0, "native")
         cells = [y[:, a::CELL, b::CELL] for a in range(CELL) for b in range(CELL)]
-        y = largest(jnp.stack(cells))
-        return jax.nn.relu(y + bias)
+        return jax.nn.relu(largest(jnp.stack(cells)) + bias)
     pooled = largest(_phases(x.transpose(3, 1, 2, 0), kernel)) + bias[:, None, None, None]
     return jax.nn.relu(pooled).transpose(3, 1, 2, 0)
 
@@ -83,43 +80,10 @@ def _phases(x: Array, kernel: Array) -> Array:
     cells, features = kernel.shape[0] // CELL + 1, kernel.shape[-1]
     x = _space_to_depth(x)
     height, width = (n - cells + 1 for n in x.shape[1:3])
-    patches = _shifted(x, cells).reshape(-1, height * width * x.shape[-1])
+    shifts = [x[:, i : i + height, j : j + width] for i in range(cells) for j in range(cells)]
+    patches = jnp.concatenate(shifts).reshape(-1, height * width * x.shape[-1])
     y = _placed(kernel) @ patches
     return y.reshape(CELL**2, features, height, width, x.shape[-1])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _shifted(x: Array, cells: int) -> Array:
-    """Return all shifts of `[in, h, w, batch]`: `[cells cells in, h - cells + 1, ..., batch]`."""
-    height, width = (n - cells + 1 for n in x.shape[1:3])
-    return jnp.concatenate(
-        [x[:, i : i + height, j : j + width] for i in range(cells) for j in range(cells)]
-    )
-
-
-def _shifted_forward(x: Array, cells: int) -> tuple[Array, None]:
-    """Return the shifts; their gradient needs nothing."""
-    return _shifted(x, cells), None
-
-
-def _shifted_backward(cells: int, _: None, gradient: Array) -> tuple[Array]:
-    """Add the shifts' gradients by a product with ones.
-
-    XLA:CPU would repeat additions in each operation that uses the sum.
-    """
-    height, width, batch = gradient.shape[1:]
-    shifts = gradient.reshape(cells, cells, -1, height, width, batch)
-    around = cells - 1
-    back = [
-        jnp.pad(shifts[i, j], [(0, 0), (i, around - i), (j, around - j), (0, 0)])
-        for i in range(cells)
-        for j in range(cells)
-    ]
-    added = jnp.ones(cells**2, gradient.dtype) @ jnp.stack(back).reshape(cells**2, -1)
-    return (added.reshape(back[0].shape),)
-
-
-_shifted.defvjp(_shifted_forward, _shifted_backward)
 
 
 def _placed(kernel: Array) -> Array:
