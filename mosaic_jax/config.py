@@ -7,7 +7,7 @@ implementation's, but for those of the generators, chosen by measurement (docs/d
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 
@@ -216,6 +216,14 @@ class KnowledgeDistillation:
 
 
 @dataclass(frozen=True)
+class Acceptance:
+    """Whether the distilled student replaces the global model."""
+
+    # held_out: if it is right on as many of the clients' held-out images; always: unasked
+    rule: Literal["held_out", "always"] = "always"
+
+
+@dataclass(frozen=True)
 class FineTuning:
     """Rounds of local training that follow the distillation."""
 
@@ -266,25 +274,10 @@ class Config:
     prototypes: Prototypes = field(default_factory=Prototypes)
     meta_model: MetaModel = field(default_factory=MetaModel)
     knowledge_distillation: KnowledgeDistillation = field(default_factory=KnowledgeDistillation)
+    acceptance: Acceptance = field(default_factory=Acceptance)
     fine_tuning: FineTuning = field(default_factory=FineTuning)
     parallel: Parallel = field(default_factory=Parallel)
     run: Run = field(default_factory=Run)
-
-
-_SECTIONS = {each.name: each.default_factory for each in fields(Config)}
-
-
-def changes_results(name: str) -> bool:
-    """Return whether a setting changes what a run computes, beyond float rounding.
-
-    Its section says so, in `changes_results`. A run may be resumed with other values of those that
-    do not. An unknown setting counts as one that does.
-
-    Args:
-      name: of the setting, dotted.
-    """
-    section = _SECTIONS.get(name.partition(".")[0])
-    return getattr(section, "changes_results", True)
 
 
 def needs_generators(config: Config) -> bool:

@@ -142,6 +142,19 @@ def names() -> list[str]:
     return list(flatten_dict(dataclasses.asdict(Config()), sep="."))
 
 
+def changes_results(name: str) -> bool:
+    """Return whether a setting changes what a run computes, beyond float rounding.
+
+    Its section says so, in `changes_results`. A run may be resumed with other values of those that
+    do not. An unknown setting counts as one that does.
+
+    Args:
+      name: of the setting, dotted.
+    """
+    sections = {each.name: each.default_factory for each in dataclasses.fields(Config)}
+    return getattr(sections.get(name.partition(".")[0]), "changes_results", True)
+
+
 def from_config_dict(settings: Mapping[str, Any]) -> Config:
     """Return settings as checked frozen dataclasses.
 

@@ -1,14 +1,16 @@
 """Measure what distillation on generated images gives, between none and an oracle on real images.
 
     python -m experiments.accuracy.distillation_gap --levels moderate severe --seeds 0 1 2
+    python -m experiments.accuracy.distillation_gap --config cifar10_cpu --held-out --seeds 100
 
-For every level and seed, three runs of `configs/fashion_mnist.py` share all stages before the
-distillation: `generated` (the method), `none` (no distillation) and `oracle` (real training images,
-which no federation could gather). All three end with the same fine-tuning.
+For every level and seed, three runs of a config, `configs/fashion_mnist.py` if none is named, share
+all stages before the distillation: `generated` (the method), `none` (no distillation) and `oracle`
+(real training images, which no federation could gather). All three end with the same fine-tuning.
 
 The table gives mean and sample standard deviation over seeds of the accuracies and of the student's
 gain over the global model of its seed, and the share of the way from `none` to `oracle` that
-`generated` goes.
+`generated` goes. It is of the test set or, to choose settings by, of the held-out tenth of the
+clients' images.
 
 Every run resumes; started again, the command only prints. Cells are independent: to run them side
 by side, start the command once for each, with one level and one seed.
@@ -21,10 +23,10 @@ from experiments.accuracy.branches import adopt_stages, shared_stages
 from mosaic_jax.parallel import set_up_jax
 from mosaic_jax.run.metrics import mean_and_std
 from mosaic_jax.sweep import launch
-from mosaic_jax.sweep.launch import Settings
+from mosaic_jax.sweep.launch import GetConfig, Settings
 from mosaic_jax.sweep.text import markdown_table, mean_and_std_text
 
-CONFIG = "fashion_mnist"
+HELD_OUT = {"data.validation_fraction": 0.1}
 BRANCHES: dict[str, Settings] = {
     "generated": {},
     "none": {"knowledge_distillation.steps": 0},
@@ -43,16 +45,18 @@ COLUMNS = (
 """Columns of the table: name, branch, and the row of the branch's result table."""
 
 
-def run_cell(root: Path, level: str, seed: int, changes: Settings) -> dict[str, float]:
+def run_cell(
+    get_config: GetConfig, root: Path, level: str, seed: int, changes: Settings, split: str
+) -> dict[str, float]:
     """Run all three branches of a level and seed; return the row of the table, in percent."""
-    get_config, rows = launch.get_config(CONFIG), {}
+    rows = {}
     for branch, own_changes in BRANCHES.items():
         workdir = root / f"{level}-{seed}-{branch}"
         if branch != "generated":
             source = root / f"{level}-{seed}-generated"
             adopt_stages(source, workdir, shared_stages(own_changes))
         config = launch.configure(get_config, level, seed, own_changes, changes)
-        rows[branch] = launch.run_to_end(config, workdir)
+        rows[branch] = launch.run_to_end(config, workdir, split)
     return {name: rows[branch][label] for name, branch, label in COLUMNS}
 
 
@@ -78,12 +82,19 @@ def share(rows: list[dict[str, float]]) -> str:
 
 def main(argv: list[str]) -> None:
     """Run all cells, print the table and write it to `ROOT/table.md`."""
-    arguments = launch.cell_parser(__doc__, "runs/gap", ["moderate", "severe"]).parse_args(argv)
+    parser = launch.cell_parser(__doc__, "runs/gap", ["moderate", "severe"])
+    launch.add_config(parser, "fashion_mnist")
+    parser.add_argument("--held-out", action="store_true", help="choose settings, test nothing")
+    arguments = parser.parse_args(argv)
     arguments.root.mkdir(parents=True, exist_ok=True)
     set_up_jax(clients=1)
-    changes = dict(arguments.set)
+    changes = (HELD_OUT if arguments.held_out else {}) | dict(arguments.set)
+    split = "validation" if arguments.held_out else "test"
     cells = {
-        level: [run_cell(arguments.root, level, seed, changes) for seed in arguments.seeds]
+        level: [
+            run_cell(arguments.config, arguments.root, level, seed, changes, split)
+            for seed in arguments.seeds
+        ]
         for level in arguments.levels
     }
     text = table(cells)

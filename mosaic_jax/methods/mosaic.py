@@ -2,12 +2,14 @@
 
 Rounds of local training; one more whose client models form the class-wise experts; generators,
 uploaded once; prototypes and the meta model that make the experts a teacher; distillation of the
-teacher into the student on generated images; fine-tuning rounds.
+teacher into the student on generated images; acceptance of the student, if the settings ask for it;
+fine-tuning rounds.
 """
 
 from mosaic_jax.config import needs_generators
 from mosaic_jax.federation import Federation
 from mosaic_jax.stages import (
+    acceptance,
     generator_optimization,
     knowledge_distillation,
     meta_model,
@@ -25,6 +27,7 @@ STAGES = (
     "prototypes",
     "meta_model",
     "knowledge_distillation",
+    "acceptance",
     "fine_tuning",
 )
 """Names of the stages in their order; each is also the section of settings it depends on first."""
@@ -34,7 +37,7 @@ UNUSED: set[str] = set()
 
 
 def stages(federation: Federation) -> list[Stage]:
-    """Return all stages; the last two train the student.
+    """Return all stages; those from the distillation on make the student.
 
     Without distillation steps there is no student, and fine-tuning continues the global model;
     the real-image oracle needs no generators.
@@ -47,6 +50,8 @@ def stages(federation: Federation) -> list[Stage]:
     plan += [prototypes.stage(federation), meta_model.stage(federation)]
     if config.knowledge_distillation.steps:
         plan.append(knowledge_distillation.stage(federation))
+        if config.acceptance.rule == "held_out":
+            plan.append(acceptance.stage(federation))
     return [*plan, fine_tuning(federation)]
 
 

@@ -58,7 +58,7 @@ def _plot_loss(axis: "Axes", run: Run, model: ModelRow) -> None:
 def _plot_accuracy(axis: "Axes", run: Run) -> None:
     """Plot test accuracy; each stage has an equal part of the axis, with a unit for itself."""
     points, ticks, offset = [], {0.0: "0"}, 0
-    for model in TRAINED_MODELS:
+    for model in [each for each in TRAINED_MODELS if each.unit]:
         found, last = _accuracies(run, model)
         if last:
             points += [(offset + block / last, 100 * test) for block, test in found]

@@ -11,10 +11,10 @@ from rich import filesize
 from rich.markup import escape
 from rich.table import Table
 
-from mosaic_jax.config import changes_results
 from mosaic_jax.run.metrics import mean_and_std
 from mosaic_jax.run.reader import Run
 from mosaic_jax.run.results import best_and_last_round, result_rows
+from mosaic_jax.settings import changes_results
 from mosaic_jax.types import UserError
 
 MEASURES = (

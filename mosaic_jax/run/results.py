@@ -67,6 +67,7 @@ UNIFORM_ENSEMBLE = ModelRow("uniform ensemble of experts", "meta_model", "unifor
 TEACHER = ModelRow("MoE teacher", "meta_model", "teacher_")
 FIRST_STUDENT = ModelRow("student before distillation", "model_aggregation", "global_")
 DISTILLED_STUDENT = ModelRow("student after distillation", "knowledge_distillation", unit="steps")
+ACCEPTED_MODEL = ModelRow("better of student and global model", "acceptance")
 TUNED_STUDENT = ModelRow("student after fine-tuning", "fine_tuning", unit="rounds")
 
 MOSAIC_MODELS = (
@@ -75,12 +76,14 @@ MOSAIC_MODELS = (
     TEACHER,
     FIRST_STUDENT,
     DISTILLED_STUDENT,
+    ACCEPTED_MODEL,
     TUNED_STUDENT,
 )
 """Rows of Mosaic's result table, in the order of the stages."""
 
-TRAINED_MODELS = (GLOBAL_MODEL, DISTILLED_STUDENT, TUNED_STUDENT)
-"""One model through the stages that train it, in order. A run ends with the last that it has."""
+TRAINED_MODELS = (GLOBAL_MODEL, DISTILLED_STUDENT, ACCEPTED_MODEL, TUNED_STUDENT)
+"""One model through the stages that train or choose it, in order. A run ends with the last it has.
+"""
 
 MEAN_OF = 10
 """Number of the last evaluations over which one row is the mean."""

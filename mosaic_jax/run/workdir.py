@@ -17,9 +17,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from mosaic_jax.config import Config, changes_results
+from mosaic_jax.config import Config
 from mosaic_jax.federation import Federation
 from mosaic_jax.run.metrics import MetricsFile
+from mosaic_jax.settings import changes_results
 from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import UserError
 

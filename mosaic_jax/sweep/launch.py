@@ -18,6 +18,7 @@ from mosaic_jax.federation import load_federation
 from mosaic_jax.run import experiment
 from mosaic_jax.run.reader import load
 from mosaic_jax.run.results import (
+    ACCEPTED_MODEL,
     AVERAGED_MODEL,
     DISTILLED_STUDENT,
     GLOBAL_MODEL,
@@ -34,6 +35,7 @@ GetConfig = Callable[[str], ConfigDict]
 
 FINAL_ROWS = (
     TUNED_STUDENT.label,
+    ACCEPTED_MODEL.label,
     DISTILLED_STUDENT.label,
     f"{GLOBAL_MODEL.label}, last round",
     AVERAGED_MODEL.label,
@@ -83,16 +85,21 @@ def run_command(config: str, changes: Settings, *flags: str) -> list[str]:
     return [*program, f"--config={config}", *overrides, *flags]
 
 
-def run_to_end(config: Config, workdir: Path) -> dict[str, float]:
-    """Run a config in this process unless it has ended; return its accuracies."""
+def run_to_end(config: Config, workdir: Path, split: str = "test") -> dict[str, float]:
+    """Run a config in this process unless it has ended; return its `accuracies`."""
     if not (workdir / "summary.json").exists():
         experiment.run(load_federation(config), workdir, print_progress)
-    return accuracies(workdir)
+    return accuracies(workdir, split)
 
 
-def accuracies(workdir: Path) -> dict[str, float]:
-    """Return a run's test accuracies in percent, by the labels of its result table."""
-    return {label: 100 * test for label, test, *_ in result_rows(load(workdir))}
+def accuracies(workdir: Path, split: str = "test") -> dict[str, float]:
+    """Return a run's accuracies in percent, by the labels of its result table.
+
+    Args:
+      workdir: of the run.
+      split: "test", "local_test" or, where images are held out, "validation".
+    """
+    return {row.label: 100 * getattr(row, split) for row in result_rows(load(workdir))}
 
 
 def final_accuracy(rows: Mapping[str, float]) -> float:
@@ -141,11 +148,11 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser, default: str = "digits") -> None:
     """Add `--config NAME`, whose value becomes the file's `get_config`."""
     parser.add_argument(
         "--config",
-        default="digits",
+        default=default,
         type=_config_argument,
         help="name of a packaged config, or a file",
     )

@@ -2,8 +2,7 @@
 
 import pytest
 
-from mosaic_jax.config import changes_results
-from mosaic_jax.settings import from_config_dict
+from mosaic_jax.settings import changes_results, from_config_dict
 from tests.command.settings_by_type import (
     CHOICES,
     FRACTIONS,

@@ -15,7 +15,7 @@ from tests.helpers import lines, tiny_config
     ("changes", "last"),
     [
         ({}, "fine_tuning"),
-        ({"fine_tuning.rounds": 2}, "knowledge_distillation"),
+        ({"fine_tuning.rounds": 2}, "acceptance"),
         ({"meta_model.steps": 2, "fine_tuning.rounds": 2}, "prototypes"),
         ({"local_update.rounds": 2}, None),
         ({"data.train_images": 10}, None),
