@@ -7,6 +7,7 @@ import pytest
 from mosaic_jax.report import tables
 from mosaic_jax.run.reader import load
 from mosaic_jax.run.results import result_rows
+from mosaic_jax.sweep import launch
 from mosaic_jax.types import UserError
 from tests.report.written import accuracies, cells, fedavg_lines, mosaic_lines, write_run
 
@@ -22,6 +23,18 @@ def test_mosaic_rows_come_from_the_right_stages(tmp_path: Path) -> None:
         ("student after fine-tuning", 0.7, 0.61, 0.62),
     ]
     assert cells(tables.result_table(load(run)))[2] == ["MoE teacher", "66.0", "69.0", "68.0"]
+
+
+def test_an_accepted_model_is_the_one_a_run_without_fine_tuning_ends_with(tmp_path: Path) -> None:
+    lines = [line for line in mosaic_lines() if line["stage"] != "fine_tuning"]
+    counts = {"student_right": 3, "global_right": 5, "images": 9, "accepted": 0.0}
+    accepted = {"stage": "acceptance", "block": 1, "seconds": 0.1} | counts
+    run = write_run(tmp_path / "run", [*lines, accepted | accuracies(0.5, 0.52, 0.51)])
+    assert result_rows(load(run))[-1] == ("better of student and global model", 0.5, 0.52, 0.51)
+    by_split = {split: launch.accuracies(run, split) for split in ("test", "validation")}
+    assert launch.final_accuracy(by_split["test"]) == 50
+    assert launch.final_accuracy(by_split["validation"]) == 51
+    assert by_split["test"]["student after distillation"] == 60
 
 
 def test_costs_are_summed_and_averaged_over_clients(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import pytest
 
 from mosaic_jax import table as method_table
+from mosaic_jax.run.results import Row
 from mosaic_jax.sweep import launch
 from tests.helpers import tiny_config
 
@@ -59,7 +60,8 @@ def test_the_method_table_shows_what_has_ended(tmp_path, monkeypatch):
 
     def rows(run):
         cell = next(cell for cell in ended if method_table.folder(tmp_path, cell) == run.workdir)
-        return [("global model (FedAvg)", 0.1, 0, None), (labels[cell[0]], ended[cell], 0, None)]
+        found = {"global model (FedAvg)": 0.1, labels[cell[0]]: ended[cell]}
+        return [Row(label, test, 0, None) for label, test in found.items()]
 
     monkeypatch.setattr(launch, "result_rows", rows)
     head, fedavg, fedrolex, mosaic = (
