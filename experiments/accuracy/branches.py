@@ -13,6 +13,9 @@ from mosaic_jax.methods.mosaic import STAGES
 from mosaic_jax.run.metrics import MetricsFile
 from mosaic_jax.sweep.launch import Settings
 
+HELD_OUT: Settings = {"data.validation_fraction": 0.1, "acceptance.rule": "always"}
+"""Settings of runs that settings are chosen by: images that have chosen a model cannot judge it."""
+
 
 def shared_stages(changes: Settings) -> tuple[str, ...]:
     """Return the stages before the first changed one, which come out the same."""

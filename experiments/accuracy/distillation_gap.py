@@ -1,7 +1,7 @@
 """Measure what distillation on generated images gives, between none and an oracle on real images.
 
     python -m experiments.accuracy.distillation_gap --levels moderate severe --seeds 0 1 2
-    python -m experiments.accuracy.distillation_gap --config cifar10_cpu --held-out --seeds 100
+    python -m experiments.accuracy.distillation_gap --config cifar10_cpu --held-out --root runs/cpu
 
 For every level and seed, three runs of a config, `configs/fashion_mnist.py` if none is named, share
 all stages before the distillation: `generated` (the method), `none` (no distillation) and `oracle`
@@ -10,7 +10,7 @@ all stages before the distillation: `generated` (the method), `none` (no distill
 The table gives mean and sample standard deviation over seeds of the accuracies and of the student's
 gain over the global model of its seed, and the share of the way from `none` to `oracle` that
 `generated` goes. It is of the test set or, to choose settings by, of the held-out tenth of the
-clients' images.
+clients' images, then without acceptance, which those images would have decided.
 
 Every run resumes; started again, the command only prints. Cells are independent: to run them side
 by side, start the command once for each, with one level and one seed.
@@ -19,14 +19,13 @@ by side, start the command once for each, with one level and one seed.
 import sys
 from pathlib import Path
 
-from experiments.accuracy.branches import adopt_stages, shared_stages
+from experiments.accuracy.branches import HELD_OUT, adopt_stages, shared_stages
 from mosaic_jax.parallel import set_up_jax
 from mosaic_jax.run.metrics import mean_and_std
 from mosaic_jax.sweep import launch
 from mosaic_jax.sweep.launch import GetConfig, Settings
 from mosaic_jax.sweep.text import markdown_table, mean_and_std_text
 
-HELD_OUT = {"data.validation_fraction": 0.1}
 BRANCHES: dict[str, Settings] = {
     "generated": {},
     "none": {"knowledge_distillation.steps": 0},
@@ -84,11 +83,11 @@ def main(argv: list[str]) -> None:
     """Run all cells, print the table and write it to `ROOT/table.md`."""
     parser = launch.cell_parser(__doc__, "runs/gap", ["moderate", "severe"])
     launch.add_config(parser, "fashion_mnist")
-    parser.add_argument("--held-out", action="store_true", help="choose settings, test nothing")
+    parser.add_argument("--held-out", action="store_true", help="score held-out images")
     arguments = parser.parse_args(argv)
     arguments.root.mkdir(parents=True, exist_ok=True)
     set_up_jax(clients=1)
-    changes = (HELD_OUT if arguments.held_out else {}) | dict(arguments.set)
+    changes = dict(arguments.set) | (dict(HELD_OUT) if arguments.held_out else {})
     split = "validation" if arguments.held_out else "test"
     cells = {
         level: [

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from experiments.accuracy.branches import adopt_stages, shared_stages
+from experiments.accuracy.branches import HELD_OUT, adopt_stages, shared_stages
 from mosaic_jax.parallel import set_up_jax
 from mosaic_jax.run.reader import load
 from mosaic_jax.run.results import DISTILLED_STUDENT, TEACHER, TUNED_STUDENT
@@ -32,7 +32,6 @@ from mosaic_jax.sweep.launch import GetConfig, Settings
 from mosaic_jax.sweep.text import markdown_table, mean_and_std_text
 
 STAGE = "knowledge_distillation"
-HELD_OUT = {"data.validation_fraction": 0.1}
 MODELS = {"teacher": TEACHER, "distilled": DISTILLED_STUDENT, "fine-tuned": TUNED_STUDENT}
 """Columns of the table, and the models whose accuracy they give."""
 
@@ -60,7 +59,7 @@ def run_cell(
         own, workdir = pool_settings(pool), root / f"{level}-{seed}-{pool}"
         if pool != pools[0]:
             adopt_stages(root / f"{level}-{seed}-{pools[0]}", workdir, shared_stages(own))
-        config = launch.configure(get_config, level, seed, HELD_OUT, changes, own)
+        config = launch.configure(get_config, level, seed, changes, HELD_OUT, own)
         launch.run_to_end(config, workdir)
         rows.append(figures(workdir))
     return rows

@@ -29,20 +29,20 @@ def stage(federation: Federation) -> Stage:
     Raises:
       UserError: no client holds out an image.
     """
-    clients, images = federation.clients, federation.dataset.train_images
-    if not len(clients.validation):
+    dataset, validation = federation.dataset, federation.clients.validation
+    if not len(validation):
         raise UserError(
             "acceptance.rule = 'held_out' needs images that clients hold out, and there is none; "
             "raise data.validation_fraction (0.1 is usual), or set acceptance.rule = 'always'"
         )
-    held_out, labels = images[clients.validation], federation.dataset.train_labels
+    held_out, labels = dataset.train_images[validation], dataset.train_labels[validation]
     predict = predictor(federation)
     evaluate = evaluator(federation, predict)
 
     def right(model: Variables) -> np.int32:
         """Return the sum over clients of their counts: the count on all held-out images."""
         classes = predict(model, held_out).argmax(axis=-1)
-        return np.int32((classes == labels[clients.validation]).sum())
+        return np.int32((classes == labels).sum())
 
     def block(state: State, carry: Variables, index: int) -> tuple[Variables, Metrics]:
         """Compare both; return the better one, the student where they are level."""
