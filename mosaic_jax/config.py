@@ -151,8 +151,11 @@ class GeneratorOptimization:
     batch_size: int = 64
     latent: int = 100  # dimension of z
     width: int = 64  # channels of the generator's last hidden map
-    adversary: Literal["dcgan", "local"] = "dcgan"  # local: the local model with a real/fake head
-    adversary_width: int = 64  # channels of the DCGAN discriminator's first map
+    upsampling: Literal["transposed", "nearest"] = "transposed"  # nearest: repeat, then 3x3
+    conditional: bool = False  # an image's class is drawn from its client's and goes in with z
+    # local: the local model with a real/fake head; projected: heads on the frozen model's maps
+    adversary: Literal["dcgan", "local", "projected"] = "dcgan"
+    adversary_width: int = 64  # channels of dcgan's first map, or of every map of the heads
     learning_rate: float = 2e-3  # of the generator; both fall to 0 along a cosine
     adversary_learning_rate: float = 1e-3
     beta1: Fraction = 0.5
@@ -161,8 +164,10 @@ class GeneratorOptimization:
     entropy_weight: float = 0.0
     diversity_weight: float = 1.0
     inversion_weight: float = 0.01
-    inversion_threshold: Count = 0  # tau: clients with fewer images use the inversion loss
-    frozen_every: int = 1  # steps between gradients of the three losses above, scaled up by it
+    class_weight: float = 0.5  # of f0's cross-entropy on the class drawn, if conditional
+    # tau: clients with fewer images use the inversion loss; None: all do
+    inversion_threshold: Annotated[int | None, MAY_BE_ZERO] = 0
+    frozen_every: int = 1  # steps between gradients of the four losses above, scaled up by it
     shift: Count = 3  # pixels; the same random shift and brightness on real and fake batches
     brightness: float = 0.2
 

@@ -256,6 +256,11 @@ def _check_distillation(config: Config) -> None:
                 f"{name}.steps = {stage.steps} is not a multiple of "
                 f"{name}.block_steps = {stage.block_steps}"
             )
+    if generator.adversary == "projected" and generator.frozen_every > 1:
+        raise UserError(
+            "generator_optimization.frozen_every saves nothing with adversary = 'projected', which "
+            "asks the frozen model in every step; set it to 1"
+        )
     if distillation.pool_passes > distillation.block_steps:
         raise UserError(
             f"knowledge_distillation.pool_passes = {distillation.pool_passes} makes a pool smaller "

@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mosaic_jax import compat, rng, trees
+from mosaic_jax import compat, trees
 from mosaic_jax.federation import Federation
 from mosaic_jax.models import build_classifier
-from mosaic_jax.stages.client_generator import LOSS_WEIGHTS, ClientGenerator, GeneratorClient
+from mosaic_jax.stages.client_generator import ClientGenerator
 from mosaic_jax.stages.federated_round import round_inputs
+from mosaic_jax.stages.generator_ensemble import latent_size
 from mosaic_jax.stages.generator_optimization import generator_inputs
+from mosaic_jax.stages.generator_state import GeneratorClient
 from mosaic_jax.stages.image_pool import draws_per_block
 from mosaic_jax.stages.knowledge_distillation import LOSS_WEIGHTS as DISTILLATION_WEIGHTS
 from mosaic_jax.stages.knowledge_distillation import Student
@@ -131,37 +133,27 @@ def of_student(federation: Federation, state: State, batch: int) -> float:
 
 def of_generators(federation: Federation, state: State) -> tuple[float, float]:
     """Count one step of a client's adversary and generator, and the generation of one image."""
-    settings, client = federation.config.generator_optimization, ClientGenerator(federation)
-    key = jax.random.key(0)
+    settings = federation.config.generator_optimization
+    every = replace(federation.config, generator_optimization=replace(settings, frozen_every=1))
+    client = ClientGenerator(replace(federation, config=every))
     member = GeneratorClient(
         trees.take(state["client_models"], 0), trees.take(federation.clients.lists, 0)
     )
-    carry = jax.eval_shape(lambda: client.start(generator_inputs(federation), member))
-    generator, adversary = carry.generator, carry.adversary
-    z = jnp.zeros((settings.batch_size, settings.latent))
-    fake = images(federation, settings.batch_size)
-
-    def adversarial(params: Any, generator: Any, adversary: Any) -> jax.Array:
-        variables = {**generator, "params": params}
-        made, _ = client.generator.apply(variables, z, train=True, mutable=["batch_stats"])
-        return client.adversarial_loss(made, adversary, rng.fold(key, 5))
+    inputs = generator_inputs(federation)
+    carry = jax.eval_shape(lambda: client.start(inputs, member))
+    labels = jnp.zeros(settings.batch_size, jnp.int32)
 
     def frozen_loss(fake: jax.Array) -> jax.Array:
-        ones = {name: jnp.float32(1) for name in LOSS_WEIGHTS}
-        return client.frozen_loss(fake, member, ones)[0]
+        seen = client.view(member.frozen, fake)
+        return client.frozen_loss(seen, member, inputs.loss_weights, labels)[0]
 
-    of_adversary = flops(
-        jax.value_and_grad(client.adversary.loss, has_aux=True),
-        adversary["params"],
-        adversary.get("batch_stats", {}),
-        fake,
-        fake,
-        jnp.zeros(settings.batch_size, jnp.int32),
-    )
-    of_generator = flops(jax.value_and_grad(adversarial), generator["params"], generator, adversary)
-    of_frozen = flops(jax.value_and_grad(frozen_loss), fake)
-    step = of_adversary + of_generator + of_frozen / settings.frozen_every
-    return step, flops(client.generator.apply, generator, z[:1])
+    step = flops(client.step, inputs, member, carry, jnp.int32(0))
+    if settings.frozen_every > 1:
+        fake = images(federation, settings.batch_size)
+        left_out = flops(jax.value_and_grad(frozen_loss), fake)
+        step -= (1 - 1 / settings.frozen_every) * left_out
+    z = jnp.zeros((1, latent_size(federation)))
+    return step, flops(client.generator.apply, carry.generator, z)
 
 
 def flops(function: Callable[..., Any], *args: Any) -> float:

@@ -12,6 +12,7 @@ from mosaic_jax.models.cnn import CNN
 from mosaic_jax.models.generator import (
     ConditionalGenerator,
     Discriminator,
+    FeatureHeads,
     Generator,
     LatentGenerator,
     RealFakeHead,
@@ -27,6 +28,7 @@ __all__ = [
     "CNN",
     "ConditionalGenerator",
     "Discriminator",
+    "FeatureHeads",
     "Generator",
     "LatentGenerator",
     "LeNet",

@@ -48,5 +48,6 @@ class CNN(nn.Module):
             x = nn.relu(
                 BatchNorm(conv_impl=self.conv_impl, name=f"norm{stage + 1}")(x, train, mask)
             )
+            self.sow("intermediates", "maps", x)
         features = x.mean(axis=(1, 2)).astype(jnp.float32)
         return Outputs(logits=Dense(self.num_classes, name="head")(features), features=features)

@@ -31,7 +31,9 @@ def _widths(image_size: int, width: int) -> list[int]:
 class Generator(nn.Module):
     """Generator of images from latent vectors.
 
-    Transposed convolutions enlarge the map 1 -> 4 -> 8 -> ... -> image_size.
+    The map grows 1 -> 4 -> 8 -> ... -> image_size, from 4 on by transposed convolutions or, with
+    `upsampling = "nearest"`, by repeating pixels before a 3x3 convolution (Odena et al. 2016: no
+    checkerboard).
     """
 
     image_size: int = 32
@@ -40,23 +42,37 @@ class Generator(nn.Module):
     latent: int = 100
     conv_impl: str = "auto"
     dtype: str = "float32"
+    upsampling: str = "transposed"
 
     @nn.compact
     def __call__(self, z: Array, train: bool = False) -> Array:
         """Map z `[batch, latent]` to images `[batch, image_size, image_size, channels]`."""
         x = z.reshape(z.shape[0], 1, 1, self.latent).astype(self.dtype)
+        repeats = self.upsampling == "nearest"
+        up: nn.Module
         for stage, features in enumerate(reversed(_widths(self.image_size, self.width))):
-            strides, padding = (1, 0) if stage == 0 else (2, 1)
-            x = ConvTranspose(
-                features, (4, 4), strides, padding, self.conv_impl, _WEIGHTS, name=f"up{stage + 1}"
-            )(x)
+            name = f"up{stage + 1}"
+            if stage == 0:
+                up = ConvTranspose(features, (4, 4), 1, 0, self.conv_impl, _WEIGHTS, name=name)
+            elif repeats:
+                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+                up = Conv(features, (3, 3), 1, 1, self.conv_impl, _WEIGHTS, name=name)
+            else:
+                up = ConvTranspose(features, (4, 4), 2, 1, self.conv_impl, _WEIGHTS, name=name)
+            x = up(x)
             x = nn.relu(
                 BatchNorm(scale_init=_SCALES, conv_impl=self.conv_impl, name=f"norm{stage + 1}")(
                     x, train
                 )
             )
-        x = ConvTranspose(self.channels, (1, 1), 1, 0, self.conv_impl, _WEIGHTS, name="colour")(x)
-        return jnp.tanh(x.astype(jnp.float32))
+        colour: nn.Module
+        if repeats:
+            colour = Conv(self.channels, (3, 3), 1, 1, self.conv_impl, _WEIGHTS, name="colour")
+        else:
+            colour = ConvTranspose(
+                self.channels, (1, 1), 1, 0, self.conv_impl, _WEIGHTS, name="colour"
+            )
+        return jnp.tanh(colour(x).astype(jnp.float32))
 
 
 class ConditionalGenerator(nn.Module):
@@ -133,6 +149,49 @@ class Discriminator(nn.Module):
             x = nn.leaky_relu(x, 0.2)
         x = Conv(1, (2, 2), 2, 0, self.conv_impl, _WEIGHTS, name="verdict")(x)
         return x[:, 0, 0, 0].astype(jnp.float32)
+
+
+class FeatureHeads(nn.Module):
+    """Discriminator of images by a frozen classifier's feature maps (Sauer et al. 2021).
+
+    Every map has a head: convolutions of stride 2 down to 4 pixels and one number a pixel, of which
+    the mean is taken. With `num_classes` the head adds the product of its pooled map and a vector
+    of the image's class (Miyato and Koyama 2018).
+
+    Attributes:
+      width: channels of every map of the heads.
+      num_classes: 0 if the class is not asked for.
+      conv_impl: one of `convolution.CONV_IMPLS`.
+    """
+
+    width: int
+    num_classes: int = 0
+    conv_impl: str = "auto"
+
+    @nn.compact
+    def __call__(self, maps: tuple[Array, ...], labels: Array | None = None) -> Array:
+        """Return logits `[batch]`, the mean over maps `[batch, height, width, channels]`."""
+        total = jnp.zeros(len(maps[0]))
+        for depth, x in enumerate(maps):
+            head = f"head{depth + 1}"
+            if x.shape[1] <= 4:
+                x = Conv(self.width, (1, 1), 1, 0, self.conv_impl, name=f"{head}_mix")(x)
+                x = nn.leaky_relu(x, 0.2)
+            halvings = 0
+            while x.shape[1] > 4:
+                halvings += 1
+                name = f"{head}_down{halvings}"
+                x = Conv(self.width, (4, 4), 2, 1, self.conv_impl, name=name)(x)
+                x = BatchNorm(conv_impl=self.conv_impl, name=f"{name}_norm")(x, True)
+                x = nn.leaky_relu(x, 0.2)
+            verdict = Conv(1, (1, 1), 1, 0, self.conv_impl, name=f"{head}_verdict")(x)
+            total += verdict.mean(axis=(1, 2, 3)).astype(jnp.float32)
+            if self.num_classes:
+                shape = (self.num_classes, self.width)
+                classes = self.param(f"{head}_classes", normal(0.1), shape)
+                pooled = x.mean(axis=(1, 2)).astype(jnp.float32)
+                total += (classes[labels] * pooled).sum(axis=-1)
+        return total / len(maps)
 
 
 class RealFakeHead(nn.Module):

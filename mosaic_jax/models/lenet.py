@@ -38,6 +38,7 @@ class LeNet(nn.Module):
         x = normalise_images(images, self.mean, self.std).astype(self.dtype)
         for stage, channels in enumerate((6, 16)):
             x = ConvPool(channels, self.conv_impl, name=f"conv{stage + 1}")(x)
+            self.sow("intermediates", "maps", x)
         x = x.reshape(len(x), -1)
         for layer, width in enumerate((120, 84)):
             x = nn.relu(Dense(width, name=f"hidden{layer + 1}")(x))

@@ -79,6 +79,8 @@ class ResNet(nn.Module):
             strides = 2 if stage > 0 and index == 0 else 1
             name = f"stage{stage + 1}_block{index + 1}"
             x = block(self.width * 2**stage, strides, projects, layers, name=name)(x, train, mask)
+            if index + 1 == BLOCKS[self.depth][stage]:
+                self.sow("intermediates", "maps", x)
         features = x.mean(axis=(1, 2)).astype(jnp.float32)
         return Outputs(logits=Dense(self.num_classes, name="head")(features), features=features)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
@@ -26,7 +27,7 @@ from mosaic_jax.data.batches import to_float
 from mosaic_jax.federation import Federation, load_federation
 from mosaic_jax.run import experiment, reader
 from mosaic_jax.stages.evaluation import Predictor, predictor
-from mosaic_jax.stages.generator_ensemble import build_generator
+from mosaic_jax.stages.generator_ensemble import build_generator, draw_labels, draw_latent
 from mosaic_jax.stages.stage import State
 from mosaic_jax.stages.teacher import Teacher, class_expert_logits, teacher_logits
 from mosaic_jax.types import Array, Outputs, PyTree, UserError, Variables
@@ -88,9 +89,10 @@ class LoadedRun:
             raise UserError(f"there are clients 0 to {self.federation.num_clients - 1}")
         own = trees.take(generators, client)
         key = rng.key(seed, "draw", client=client)
-        latent = self.config.generator_optimization.latent
+        counts = jnp.asarray(self.federation.clients.class_counts[client], jnp.float32)
+        labels = draw_labels(key, counts, images)
         drawn = build_generator(self.federation).apply(
-            own, jax.random.normal(key, (images, latent))
+            own, draw_latent(self.federation, key, labels)
         )
         return np.rint((np.asarray(drawn) + 1) * 127.5).astype(np.uint8)
 

@@ -1,79 +1,38 @@
 """Training of ONE client's generator (paper, Figure 1b); `generator_optimization.py` maps it.
 
-L_G = L_adv + w_e L_entropy + w_d L_diversity + [n_i < tau] w_i L_inversion, the last three on the
-frozen, eval-mode copy f0 of the client's model. The adversary is a DCGAN discriminator or, as in
-the paper, the local model itself with a real/fake head.
+L_G = L_adv + w_e L_entropy + w_d L_diversity + w_c L_class + [n_i < tau] w_i L_inversion, all but
+the first on the frozen, eval-mode copy f0 of the client's model. L_class, which is not in the
+paper, is the cross-entropy of f0 on the class that a conditional generator was asked for.
 """
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
 from mosaic_jax import rng, trees
 from mosaic_jax.data.augmentation import crop_and_flip
-from mosaic_jax.data.batches import ClientLists, to_float, uniform_batch
+from mosaic_jax.data.batches import to_float, uniform_batch
 from mosaic_jax.federation import Federation
 from mosaic_jax.models import require_batch_norm
 from mosaic_jax.stages.adversary import Adversary
-from mosaic_jax.stages.generator_ensemble import build_generator
-from mosaic_jax.stages.generator_losses import diversity_loss, entropy_loss, inversion_loss
-from mosaic_jax.types import Array, PyTree, TrainingImages, Variables
+from mosaic_jax.stages.generator_ensemble import (
+    build_generator,
+    draw_labels,
+    draw_latent,
+    latent_size,
+)
+from mosaic_jax.stages.generator_losses import FrozenView, diversity_loss, entropy_loss, view
+from mosaic_jax.stages.generator_state import (
+    Batch,
+    GeneratorClient,
+    GeneratorInputs,
+    GeneratorState,
+)
+from mosaic_jax.types import Array, PyTree, Variables
 
 BN_BATCHES = 40
 """Number of batches used to recompute batch statistics of the EMA weights; after 40, old statistics
 have weight 0.9**40 = 1.5%."""
-
-LOSS_WEIGHTS = ("entropy_weight", "diversity_weight", "inversion_weight")
-
-
-class GeneratorInputs(struct.PyTreeNode):
-    """Input that all clients share.
-
-    Attributes:
-      adversary_learning_rate: float32 [].
-      data: the images that clients index into.
-      key: key of the stage; client and step are folded in.
-      learning_rate: the generator's, float32 [].
-      loss_weights: of `LOSS_WEIGHTS`, float32 [] each.
-      first_step: int32 [], steps made in earlier blocks.
-    """
-
-    adversary_learning_rate: Array
-    data: TrainingImages
-    key: Array
-    learning_rate: Array
-    loss_weights: dict[str, Array]
-    first_step: Array | int = 0
-
-
-class GeneratorClient(struct.PyTreeNode):
-    """One client's input: its packed lists and its frozen model f0."""
-
-    frozen: Variables
-    lists: ClientLists
-
-
-class GeneratorState(struct.PyTreeNode):
-    """Carry of one client's training; all of it stays with the client but the upload.
-
-    Attributes:
-      adversary: variables of the adversary.
-      adversary_optimizer: Adam's state.
-      average: state of the exponential moving average of the generator's weights.
-      frozen: f0, where there are several waves; it then rests here between blocks.
-      generator: variables of the generator.
-      generator_optimizer: Adam's state.
-      ema_batch_stats: batch statistics of the average weights; of the first weights before the end.
-    """
-
-    adversary: Variables
-    adversary_optimizer: PyTree
-    average: PyTree
-    frozen: Variables | None
-    generator: Variables
-    generator_optimizer: PyTree
-    ema_batch_stats: PyTree
 
 
 class ClientGenerator:
@@ -86,7 +45,9 @@ class ClientGenerator:
     def __init__(self, federation: Federation):
         self.federation = federation
         self.settings = federation.config.generator_optimization
-        if self.settings.inversion_threshold and self.settings.inversion_weight:
+        threshold = self.settings.inversion_threshold
+        self.uses_inversion = threshold != 0 and bool(self.settings.inversion_weight)
+        if self.uses_inversion:
             variables, name = (
                 federation.classifier.abstract_variables(),
                 federation.config.model.name,
@@ -104,7 +65,8 @@ class ClientGenerator:
     def start(self, inputs: GeneratorInputs, client: GeneratorClient) -> GeneratorState:
         """Draw the networks and start the optimisers."""
         key = rng.fold(inputs.key, client.lists.id)
-        generator = self.generator.init(rng.fold(key, 1), jnp.zeros((2, self.settings.latent)))
+        latent = jnp.zeros((2, latent_size(self.federation)))
+        generator = self.generator.init(rng.fold(key, 1), latent)
         adversary = self.adversary.init(rng.fold(key, 2), client.frozen)
         return GeneratorState(
             adversary=adversary,
@@ -125,7 +87,9 @@ class ClientGenerator:
         average = carry.average
         return optax.tree.bias_correction(average.ema, self.settings.ema, average.count)
 
-    def recompute_batch_stats(self, carry: GeneratorState, key: Array) -> PyTree:
+    def recompute_batch_stats(
+        self, carry: GeneratorState, key: Array, client: GeneratorClient
+    ) -> PyTree:
         """Compute batch statistics of the EMA weights on generated batches.
 
         The running statistics belong to the last weights, not to their average: with them a
@@ -134,7 +98,9 @@ class ClientGenerator:
         params, settings = self.averaged(carry), self.settings
 
         def one_batch(step: Array, statistics: PyTree) -> PyTree:
-            z = jax.random.normal(rng.fold(key, step), (settings.batch_size, settings.latent))
+            each = rng.fold(key, step)
+            labels = draw_labels(each, client.lists.class_counts, settings.batch_size)
+            z = draw_latent(self.federation, each, labels)
             variables = {"params": params, "batch_stats": statistics}
             _, updated = self.generator.apply(variables, z, train=True, mutable=["batch_stats"])
             return updated["batch_stats"]
@@ -157,7 +123,7 @@ class ClientGenerator:
         is_last = steps[-1] + 1 == self.settings.steps
         statistics = jax.lax.cond(
             is_last,
-            lambda: self.recompute_batch_stats(carry, key),
+            lambda: self.recompute_batch_stats(carry, key, client),
             lambda: carry.ema_batch_stats,
         )
         return carry.replace(ema_batch_stats=statistics), jax.tree.map(jnp.mean, diagnostics)
@@ -169,24 +135,29 @@ class ClientGenerator:
 
         Both learning rates fall to 0 along a cosine over the stage's steps.
         """
-        settings = self.settings
         key = rng.fold(inputs.key, client.lists.id, step)
-        z = jax.random.normal(rng.fold(key, 3), (settings.batch_size, settings.latent))
+        positions = uniform_batch(
+            client.lists.index,
+            client.lists.size,
+            key=rng.fold(key, 4),
+            batch_size=self.settings.batch_size,
+        )
+        real, labels = to_float(inputs.data.gather(positions)), inputs.data.labels[positions]
+        # A conditional generator draws the classes of the real images.
+        z = draw_latent(self.federation, rng.fold(key, 3), labels)
 
         def generate(params: PyTree) -> tuple[Array, PyTree]:
             variables = {**carry.generator, "params": params}
             return self.generator.apply(variables, z, train=True, mutable=["batch_stats"])
 
         fake, vjp, updated = jax.vjp(generate, carry.generator["params"], has_aux=True)
-        carry, diagnostics = self._adversary_step(inputs, client, carry, fake, step, key)
-        # The generator is the same for both losses: their gradients meet at its images.
-        loss, grad_images = jax.value_and_grad(self.adversarial_loss)(
-            fake, carry.adversary, rng.fold(key, 5)
+        # The generator is the same for all losses: their gradients meet at its images.
+        carry, gradient, diagnostics = self._feedback(
+            inputs, client, carry, Batch(fake, rng.fold(key, 5), labels, real), step
         )
-        frozen_loss, grad_frozen, seen = self._lazy_frozen_loss(inputs, client, fake, step)
         rate = inputs.learning_rate * self.decay(step)
         updates, optimizer = self.optimizer(rate).update(
-            vjp(grad_images + grad_frozen)[0], carry.generator_optimizer
+            vjp(gradient)[0], carry.generator_optimizer
         )
         params = optax.apply_updates(carry.generator["params"], updates)
         _, average = self.ema.update(params, carry.average)
@@ -195,33 +166,52 @@ class ClientGenerator:
             generator_optimizer=optimizer,
             average=average,
         )
-        pixel_std = fake.std(axis=0).mean()
-        return carry, diagnostics | {
-            "generator_loss": loss + frozen_loss,
-            "spread": pixel_std,
-        } | seen
+        return carry, diagnostics | {"spread": fake.std(axis=0).mean()}
 
-    def _adversary_step(
+    def _feedback(
         self,
         inputs: GeneratorInputs,
         client: GeneratorClient,
         carry: GeneratorState,
-        fake: Array,
+        batch: Batch,
         step: Array,
-        key: Array,
+    ) -> tuple[GeneratorState, Array, dict[str, Array]]:
+        """Make one step of the adversary; return the gradient of L_G by the generated images."""
+        frozen, labels, weights = client.frozen, batch.labels, inputs.loss_weights
+        real = self.augment(batch.real, batch.key)
+        fake, augment_vjp = jax.vjp(lambda images: self.augment(images, batch.key), batch.fake)
+        if self.adversary.is_projected:
+            seen, view_vjp = jax.vjp(lambda images: self.view(frozen, images), fake)
+            carry, scores = self._adversary_step(
+                inputs, carry, (self.view(frozen, real).maps, seen.maps), labels, step
+            )
+
+            def loss(seen: FrozenView) -> tuple[Array, dict[str, Array]]:
+                of_classes, diagnostics = self.frozen_loss(seen, client, weights, labels)
+                return self.adversarial_loss(seen.maps, carry, labels) + of_classes, diagnostics
+
+            (value, diagnostics), gradient = jax.value_and_grad(loss, has_aux=True)(seen)
+            (gradient,) = augment_vjp(*view_vjp(gradient))
+            return carry, gradient, scores | {"generator_loss": value} | diagnostics
+        carry, scores = self._adversary_step(inputs, carry, (real, fake), labels, step)
+        value, gradient = jax.value_and_grad(self.adversarial_loss)(fake, carry, labels)
+        of_classes, more, diagnostics = self._lazy_frozen_loss(inputs, client, batch, step)
+        (gradient,) = augment_vjp(gradient)
+        scores["generator_loss"] = value + of_classes
+        return carry, gradient + more, scores | diagnostics
+
+    def _adversary_step(
+        self,
+        inputs: GeneratorInputs,
+        carry: GeneratorState,
+        seen: tuple[PyTree, PyTree],
+        labels: Array,
+        step: Array,
     ) -> tuple[GeneratorState, dict[str, Array]]:
-        """Make one step of the adversary; return its scores."""
-        positions = uniform_batch(
-            client.lists.index,
-            client.lists.size,
-            key=rng.fold(key, 4),
-            batch_size=self.settings.batch_size,
-        )
-        real, labels = to_float(inputs.data.gather(positions)), inputs.data.labels[positions]
+        """Make one step of the adversary on what it sees of both batches; return its scores."""
         params, statistics = carry.adversary["params"], carry.adversary.get("batch_stats", {})
-        real, fake = (self.augment(images, rng.fold(key, 5)) for images in (real, fake))
         (loss, diagnostics), gradient = jax.value_and_grad(self.adversary.loss, has_aux=True)(
-            params, statistics, real, fake, labels
+            params, statistics, *seen, labels
         )
         rate = inputs.adversary_learning_rate * self.decay(step)
         updates, optimizer = self.optimizer(rate).update(gradient, carry.adversary_optimizer)
@@ -229,15 +219,20 @@ class ClientGenerator:
         carry = carry.replace(adversary=adversary, adversary_optimizer=optimizer)
         return carry, diagnostics | {"adversary_loss": loss}
 
-    def adversarial_loss(self, fake: Array, adversary: Variables, key: Array) -> Array:
-        """Return L_adv of generated images: the mean of -log sigmoid A(x)."""
+    def adversarial_loss(self, seen: PyTree, carry: GeneratorState, labels: Array) -> Array:
+        """Return L_adv of what the adversary sees of images: the mean of -log sigmoid A(x)."""
+        adversary = carry.adversary
         verdict, _ = self.adversary.logits(
-            adversary["params"], adversary.get("batch_stats", {}), self.augment(fake, key)
+            adversary["params"], adversary.get("batch_stats", {}), seen, labels
         )
         return jax.nn.softplus(-verdict).mean()
 
+    def view(self, frozen: Variables, images: Array) -> FrozenView:
+        """Return what f0 makes of images, L_inv included if it is on."""
+        return view(self.federation.classifier.module, frozen, images, self.uses_inversion)
+
     def _lazy_frozen_loss(
-        self, inputs: GeneratorInputs, client: GeneratorClient, fake: Array, step: Array
+        self, inputs: GeneratorInputs, client: GeneratorClient, batch: Batch, step: Array
     ) -> tuple[Array, Array, dict[str, Array]]:
         """Compute `frozen_loss` and its gradient in every `frozen_every`-th step, times that.
 
@@ -247,37 +242,45 @@ class ClientGenerator:
         every, weights = self.settings.frozen_every, inputs.loss_weights
 
         def active() -> tuple[Array, Array, dict[str, Array]]:
-            (loss, seen), gradient = jax.value_and_grad(self.frozen_loss, has_aux=True)(
-                fake, client, weights
-            )
-            return every * loss, every * gradient, jax.tree.map(lambda of: every * of, seen)
+            def loss(images: Array) -> tuple[Array, dict[str, Array]]:
+                seen = self.view(client.frozen, images)
+                return self.frozen_loss(seen, client, weights, batch.labels)
+
+            (value, diagnostics), gradient = jax.value_and_grad(loss, has_aux=True)(batch.fake)
+            return every * value, every * gradient, jax.tree.map(lambda of: every * of, diagnostics)
 
         def passive() -> tuple[Array, Array, dict[str, Array]]:
             zeros: tuple[Array, Array, dict[str, Array]] = trees.zeros_like(jax.eval_shape(active))
             return zeros
 
-        return jax.lax.cond(step % every == 0, active, passive)
+        return active() if every == 1 else jax.lax.cond(step % every == 0, active, passive)
 
     def frozen_loss(
-        self, fake: Array, client: GeneratorClient, weights: dict[str, Array]
+        self,
+        seen: FrozenView,
+        client: GeneratorClient,
+        weights: dict[str, Array],
+        labels: Array,
     ) -> tuple[Array, dict[str, Array]]:
         """Return the terms of L_G on f0, and the entropy (nats) of the classes it predicts.
 
         Nothing is computed for losses that are off.
         """
-        settings, frozen, loss = self.settings, client.frozen, jnp.zeros(())
-        classifier, seen = self.federation.classifier, {}
-        if settings.entropy_weight or settings.diversity_weight:
-            logits = classifier.apply_eval(frozen, fake).logits
-            diversity = diversity_loss(logits)
-            loss += weights["entropy_weight"] * entropy_loss(logits)
+        settings, loss, diagnostics = self.settings, jnp.zeros(()), {}
+        if settings.entropy_weight or settings.diversity_weight or settings.conditional:
+            diversity = diversity_loss(seen.logits)
+            loss += weights["entropy_weight"] * entropy_loss(seen.logits)
             loss += weights["diversity_weight"] * diversity
-            seen = {"class_entropy": -diversity}
-        if settings.inversion_threshold and settings.inversion_weight:
-            is_small = client.lists.size < settings.inversion_threshold
-            weight = jnp.where(is_small, weights["inversion_weight"], 0.0)
-            loss += weight * inversion_loss(classifier.module, frozen, fake)
-        return loss, seen
+            diagnostics["class_entropy"] = -diversity
+        if settings.conditional:
+            each = optax.softmax_cross_entropy_with_integer_labels(seen.logits, labels)
+            loss += weights["class_weight"] * each.mean()
+            diagnostics["class_match"] = (seen.logits.argmax(axis=-1) == labels).mean()
+        if self.uses_inversion:
+            tau = settings.inversion_threshold
+            is_small = True if tau is None else client.lists.size < tau
+            loss += jnp.where(is_small, weights["inversion_weight"], 0.0) * seen.inversion
+        return loss, diagnostics
 
     def augment(self, images: Array, key: Array) -> Array:
         """Apply a random shift and brightness, the same to both batches of a step (DiffAugment)."""

@@ -17,15 +17,48 @@ FEWEST, MOST = 16, 256
 """Range of the number of generators that a step samples, if no setting says it."""
 
 
+CLASS_SCALE = 3.0
+"""Size of the class in a conditional generator's input, beside noise of standard deviation 1."""
+
+
+def latent_size(federation: Federation) -> int:
+    """Return the dimension of a generator's input: z and, if it is conditional, the class."""
+    settings = federation.config.generator_optimization
+    return settings.latent + settings.conditional * federation.dataset.num_classes
+
+
+def draw_latent(federation: Federation, key: Array, labels: Array) -> Array:
+    """Draw inputs of a generator [images, latent size].
+
+    Args:
+      federation: its settings say whether generators are conditional.
+      key: of the draw.
+      labels: int [images], the classes of a conditional generator's images; of another one their
+        number alone counts.
+    """
+    settings = federation.config.generator_optimization
+    z = jax.random.normal(key, (len(labels), settings.latent))
+    if not settings.conditional:
+        return z
+    classes = jax.nn.one_hot(labels, federation.dataset.num_classes)
+    return jnp.concatenate([z, CLASS_SCALE * classes], axis=-1)
+
+
+def draw_labels(key: Array, class_counts: Array, images: int) -> Array:
+    """Draw classes [images] as often as a client holds them, by its counts [classes]."""
+    return jax.random.categorical(rng.fold(key, 1), jnp.log(class_counts), shape=(images,))
+
+
 def build_generator(federation: Federation, latent: int | None = None) -> Generator:
-    """Build the generator of the data set's images; `latent` in place of its setting."""
+    """Build the generator of the data set's images; `latent` in place of its input's dimension."""
     settings = federation.config.generator_optimization
     height, _, channels = federation.dataset.image_shape
     return Generator(
         image_size=height,
         channels=channels,
         width=settings.width,
-        latent=latent or settings.latent,
+        latent=latent or latent_size(federation),
+        upsampling=settings.upsampling,
         conv_impl=federation.config.model.conv,
         dtype=federation.config.model.dtype,
     )
@@ -33,13 +66,14 @@ def build_generator(federation: Federation, latent: int | None = None) -> Genera
 
 def upload_shapes(federation: Federation) -> Variables:
     """Return the shapes of the generator that a client uploads."""
-    z = jnp.zeros((1, federation.config.generator_optimization.latent))
+    z = jnp.zeros((1, latent_size(federation)))
     return cast(Variables, jax.eval_shape(build_generator(federation).init, jax.random.key(0), z))
 
 
 class Upload(struct.PyTreeNode):
-    """One client's uploaded generator, and its id."""
+    """One client's uploaded generator, its id and its images n_ic of each class [classes]."""
 
+    class_counts: Array
     client_id: Array
     generator: Variables
 
@@ -47,19 +81,21 @@ class Upload(struct.PyTreeNode):
 def sampler(federation: Federation, images: int) -> Callable[[Variables, Array, Array], Array]:
     """Return `(generators [n, ...], key, ids [n]) -> images [n, images, h, w, c]` in [-1, 1].
 
-    Each generator draws with its client's own key.
+    Each generator draws with its client's own key, and a conditional one as often each class as its
+    client holds it, which the server knows of the experts.
     """
-    generator = build_generator(federation)
-    latent = federation.config.generator_optimization.latent
+    generator, counts = build_generator(federation), federation.clients.class_counts
 
     def of_client(key: Array, upload: Upload) -> Array:
-        z = jax.random.normal(rng.fold(key, upload.client_id), (images, latent))
-        return cast(Array, generator.apply(upload.generator, z))
+        key = rng.fold(key, upload.client_id)
+        labels = draw_labels(key, upload.class_counts, images)
+        return cast(Array, generator.apply(upload.generator, draw_latent(federation, key, labels)))
 
     mapped = federation.layout.map_clients(of_client)
 
     def draw(generators: Variables, key: Array, client_ids: Array) -> Array:
-        return cast(Array, mapped(key, Upload(client_ids, generators)))
+        of_clients = jnp.asarray(counts, jnp.float32)[client_ids]
+        return cast(Array, mapped(key, Upload(of_clients, client_ids, generators)))
 
     return draw
 

@@ -16,14 +16,14 @@ from flax import struct
 from mosaic_jax import trees
 from mosaic_jax.federation import Federation
 from mosaic_jax.parallel import offload, take_clients
-from mosaic_jax.stages.client_generator import (
+from mosaic_jax.stages.client_generator import ClientGenerator
+from mosaic_jax.stages.generator_ensemble import sampler, upload_shapes
+from mosaic_jax.stages.generator_state import (
     LOSS_WEIGHTS,
-    ClientGenerator,
     GeneratorClient,
     GeneratorInputs,
     GeneratorState,
 )
-from mosaic_jax.stages.generator_ensemble import sampler, upload_shapes
 from mosaic_jax.stages.model_aggregation import client_models
 from mosaic_jax.stages.stage import Metrics, Stage, State
 from mosaic_jax.types import PyTree, UserError, Variables

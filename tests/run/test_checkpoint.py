@@ -11,9 +11,9 @@ import pytest
 
 from mosaic_jax.run import checkpoint
 from mosaic_jax.run.checkpoint import KEPT, StageCheckpoints, checksum
-from mosaic_jax.stages.client_generator import GeneratorState
 from mosaic_jax.stages.federated_round import RoundState
 from mosaic_jax.stages.generator_optimization import WaveState
+from mosaic_jax.stages.generator_state import GeneratorState
 from mosaic_jax.stages.knowledge_distillation import StudentState
 from mosaic_jax.stages.model_aggregation import Aggregated
 from mosaic_jax.stages.prototypes import Prototypes

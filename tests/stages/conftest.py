@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mosaic_jax import methods, parallel
-from mosaic_jax.stages.client_generator import ClientGenerator, GeneratorClient, GeneratorInputs
+from mosaic_jax.stages.client_generator import ClientGenerator
+from mosaic_jax.stages.generator_state import GeneratorClient, GeneratorInputs
 from mosaic_jax.stages.teacher import Teacher, teacher_logits
 from tests.helpers import member
 from tests.stages.unequal import CAPACITIES, KEY, LONG, SETTINGS, loss_weights, unequal

@@ -31,7 +31,12 @@ LONG = {"generator_optimization.steps": 10_000}
 CAPACITIES = (1.0, 0.5, 0.3)
 """Shares of the model's channels that three clients hold."""
 
-LOSS_WEIGHTS = {"entropy_weight": 0.0, "diversity_weight": 1.0, "inversion_weight": 0.0}
+LOSS_WEIGHTS = {
+    "class_weight": 0.0,
+    "entropy_weight": 0.0,
+    "diversity_weight": 1.0,
+    "inversion_weight": 0.0,
+}
 
 
 def unequal(**overrides):
