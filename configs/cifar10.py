@@ -10,7 +10,7 @@ rounds of ten epochs, best round) has FedAvg at 73.8 and FedProx at 74.7 with al
 
 from mosaic_jax.configs import common
 
-SETTINGS = common.FULL | {
+SETTINGS = common.FULL | common.COLOUR_GENERATORS | {
     "data.name": "cifar10",
     "data.crop_padding": 4,
     "data.flip": True,

@@ -11,7 +11,7 @@ and FedProx at 66.6 with alpha 0.1.
 
 from mosaic_jax.configs import common
 
-SETTINGS = common.FULL | {
+SETTINGS = common.FULL | common.COLOUR_GENERATORS | {
     "data.name": "cifar100",
     "data.crop_padding": 4,
     "data.flip": True,

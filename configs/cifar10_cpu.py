@@ -8,7 +8,7 @@ model only if the clients' held-out images say so. The accuracy of this form is 
 
 from mosaic_jax.configs import common
 
-SETTINGS = {
+SETTINGS = common.COLOUR_GENERATORS | {
     "data.name": "cifar10",
     "data.crop_padding": 4,
     "data.flip": True,
@@ -21,11 +21,10 @@ SETTINGS = {
     "meta_model.steps": 300,
     "meta_model.feedforward": 256,
     "generator_optimization.steps": 600,
-    "generator_optimization.frozen_every": 4,
     "generator_optimization.block_steps": 50,
     "generator_optimization.batch_size": 32,
     "generator_optimization.width": 16,
-    "generator_optimization.adversary_width": 16,
+    "generator_optimization.adversary_width": 32,
     "knowledge_distillation.steps": 200,
     "knowledge_distillation.block_steps": 20,
     "knowledge_distillation.images_per_generator": 13,

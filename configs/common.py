@@ -24,6 +24,17 @@ FULL = {
 }
 """What the full forms of the published sets for accelerators have in common."""
 
+COLOUR_GENERATORS = {
+    "generator_optimization.adversary": "projected",
+    "generator_optimization.conditional": True,
+    "generator_optimization.upsampling": "nearest",
+    "generator_optimization.class_weight": 0.5,
+    "generator_optimization.diversity_weight": 0.0,
+    "generator_optimization.inversion_threshold": None,
+    "generator_optimization.inversion_weight": 0.03,
+}
+"""How the generators of colour images are trained (docs/decisions.md)."""
+
 SMALL = {
     "data.train_images": 1000,
     "data.test_images": 200,

@@ -9,7 +9,7 @@ of 320 images; no time of the full form is measured, and no accuracy on this pro
 
 from mosaic_jax.configs import common
 
-SETTINGS = common.FULL | {
+SETTINGS = common.FULL | common.COLOUR_GENERATORS | {
     "data.name": "food101",
     "local_update.rounds": 1000,
     "local_update.steps": 20,

@@ -11,7 +11,7 @@ at 55.3 with alpha 0.1.
 
 from mosaic_jax.configs import common
 
-SETTINGS = common.FULL | {
+SETTINGS = common.FULL | common.COLOUR_GENERATORS | {
     "data.name": "svhn",
     "data.crop_padding": 4,
     "local_update.rounds": 300,

@@ -12,7 +12,7 @@ with alpha 0.1.
 
 from mosaic_jax.configs import common
 
-SETTINGS = common.FULL | {
+SETTINGS = common.FULL | common.COLOUR_GENERATORS | {
     "data.name": "tiny_imagenet",
     "data.crop_padding": 4,
     "data.flip": True,

@@ -34,6 +34,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.accuracy.generators import DCGAN
 from experiments.speed.child import Child
 from experiments.speed.pytorch_baseline.pipeline import Work
 from experiments.speed.timed_units import STAGES, Unit, alternate, median_and_range, peak, units
@@ -52,7 +53,8 @@ SCHEDULE = {
     "knowledge_distillation.block_steps": 20,
     "fine_tuning.rounds": 1,
 }
-"""The pipeline's lengths. All else is as in `--config`. `--set` changes any of it."""
+"""The pipeline's lengths. The generators are the reference's, which both sides have. All else is as
+in `--config`. `--set` changes any of it."""
 
 VARIANTS = (
     "local round, torch.func.vmap",
@@ -93,7 +95,7 @@ def settings(arguments: argparse.Namespace) -> Config:
     if arguments.data == "synthetic":
         chosen["data.image_size"] = 32
     get_config = launch.get_config(arguments.config)
-    return launch.configure(get_config, "", 0, SCHEDULE, chosen, dict(arguments.set))
+    return launch.configure(get_config, "", 0, DCGAN, SCHEDULE, chosen, dict(arguments.set))
 
 
 def work_of(federation: Federation) -> Work:

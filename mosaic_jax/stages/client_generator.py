@@ -273,8 +273,9 @@ class ClientGenerator:
             loss += weights["diversity_weight"] * diversity
             diagnostics["class_entropy"] = -diversity
         if settings.conditional:
-            each = optax.softmax_cross_entropy_with_integer_labels(seen.logits, labels)
-            loss += weights["class_weight"] * each.mean()
+            if settings.class_weight:
+                each = optax.softmax_cross_entropy_with_integer_labels(seen.logits, labels)
+                loss += weights["class_weight"] * each.mean()
             diagnostics["class_match"] = (seen.logits.argmax(axis=-1) == labels).mean()
         if self.uses_inversion:
             tau = settings.inversion_threshold

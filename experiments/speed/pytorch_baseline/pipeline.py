@@ -35,15 +35,15 @@ def refuse_what_is_not_built(config: Config) -> None:
     Raises:
       ValueError: naming the setting.
     """
+    generators = config.generator_optimization
     built = {
         "model.name": (config.model.name, ("resnet8", "resnet18", "cnn", "lenet")),
         "prototypes.features": (config.prototypes.features, ("experts",)),
         "knowledge_distillation.images": (config.knowledge_distillation.images, ("generated",)),
-        "generator_optimization.adversary": (config.generator_optimization.adversary, ("dcgan",)),
-        "generator_optimization.inversion_threshold": (
-            config.generator_optimization.inversion_threshold,
-            (0,),
-        ),
+        "generator_optimization.adversary": (generators.adversary, ("dcgan",)),
+        "generator_optimization.conditional": (generators.conditional, (False,)),
+        "generator_optimization.upsampling": (generators.upsampling, ("transposed",)),
+        "generator_optimization.inversion_threshold": (generators.inversion_threshold, (0,)),
     }
     for name, (value, known) in built.items():
         if value not in known:

@@ -239,6 +239,8 @@ def test_distillation_on_a_pool(distillation, record, request):
         ("prototypes.features", "global"),
         ("knowledge_distillation.images", "real"),
         ("generator_optimization.adversary", "local"),
+        ("generator_optimization.conditional", True),
+        ("generator_optimization.upsampling", "nearest"),
         ("generator_optimization.inversion_threshold", 5),
     ],
 )
