@@ -49,6 +49,7 @@ SMALL = {
     "generator_optimization.batch_size": 16,
     "generator_optimization.width": 8,
     "generator_optimization.adversary_width": 8,
+    "generator_optimization.unusable": "use",
     "prototypes.per_class": 4,
     "meta_model.steps": 10,
     "meta_model.batch_size": 8,

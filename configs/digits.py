@@ -37,6 +37,7 @@ SMALL = {
     "local_update.rounds": 5,
     "meta_model.steps": 50,
     "generator_optimization.steps": 100,
+    "generator_optimization.unusable": "use",
     "knowledge_distillation.steps": 50,
     "fine_tuning.rounds": 1,
 }

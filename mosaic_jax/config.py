@@ -170,6 +170,9 @@ class GeneratorOptimization:
     frozen_every: int = 1  # steps between gradients of the four losses above, scaled up by it
     shift: Count = 3  # pixels; the same random shift and brightness on real and fake batches
     brightness: float = 0.2
+    # of generated from real images, over the real ones' variance; beyond it: unusable
+    max_distance: Positive = 0.5
+    unusable: Literal["leave_out", "stop", "use"] = "leave_out"  # what happens to such a generator
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ TINY = {
     "generator_optimization.latent": 8,
     "generator_optimization.width": 4,
     "generator_optimization.adversary_width": 4,
+    "generator_optimization.unusable": "use",
     "prototypes.per_class": 3,
     "prototypes.images_per_class": 12,
     "prototypes.iterations": 5,

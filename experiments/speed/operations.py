@@ -144,8 +144,8 @@ def of_generators(federation: Federation, state: State) -> tuple[float, float]:
     labels = jnp.zeros(settings.batch_size, jnp.int32)
 
     def frozen_loss(fake: jax.Array) -> jax.Array:
-        seen = client.view(member.frozen, fake)
-        return client.frozen_loss(seen, member, inputs.loss_weights, labels)[0]
+        seen = client.losses.view(member.frozen, fake)
+        return client.losses.total(seen, member, inputs.loss_weights, labels)[0]
 
     step = flops(client.step, inputs, member, carry, jnp.int32(0))
     if settings.frozen_every > 1:

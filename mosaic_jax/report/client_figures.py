@@ -17,6 +17,8 @@ HEALTH: dict[str, tuple[str, tuple[float | None, float | None]]] = {
     "fake_score": ("score of generated images", (0, 1)),
     "spread": ("pixel std of generated images", (0, None)),
     "class_entropy": ("entropy of generated classes", (0, None)),
+    "class_match": ("share of images of the class asked for", (0, 1)),
+    "distance": ("distance from real images", (0, 1)),
     "generator_loss": ("generator loss", (None, None)),
     "adversary_loss": ("adversary loss", (None, None)),
 }
@@ -118,8 +120,9 @@ def _marker(steps: np.ndarray) -> str:
 def generator_health(figure: "Figure", run: Run) -> None:
     """Draw a line per client of each metric in `HEALTH` that the run has."""
     names = [name for name in HEALTH if name in run.waves(STAGE)[0][0]]
-    figure.set_size_inches(12, 6)
-    panels = list(figure.subplots(2, 3).flat)
+    rows = -(-len(names) // 3)
+    figure.set_size_inches(12, 3 * rows)
+    panels = list(figure.subplots(rows, 3, squeeze=False).flat)
     for axis, name in zip(panels, names, strict=False):
         values = _metric(run, name)
         title, limits = HEALTH[name]

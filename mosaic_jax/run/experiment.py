@@ -141,7 +141,7 @@ def _run_block(
     metrics = {name: np.asarray(value) for name, value in on_host.items()}
     metrics = check_clients(stage.name, block, metrics, config.local_update.leave_out_diverged)
     check_finite(stage.name, block, metrics)
-    stage.inspect(metrics)
+    stage.inspect(metrics, block)
     done, is_last = block + 1, block + 1 == stage.blocks
     if is_last or done % config.run.evaluate_every == 0:
         metrics |= stage.evaluate(stage.finish(state, carry))

@@ -65,7 +65,7 @@ def stage(federation: Federation) -> Stage:
     )
 
 
-def inspect(metrics: Metrics) -> None:
+def inspect(metrics: Metrics, index: int) -> None:
     """Warn where the student is not accepted."""
     if not metrics["accepted"]:
         log.warning(

@@ -13,7 +13,6 @@ from mosaic_jax import rng, trees
 from mosaic_jax.data.augmentation import crop_and_flip
 from mosaic_jax.data.batches import to_float, uniform_batch
 from mosaic_jax.federation import Federation
-from mosaic_jax.models import require_batch_norm
 from mosaic_jax.stages.adversary import Adversary
 from mosaic_jax.stages.generator_ensemble import (
     build_generator,
@@ -21,7 +20,13 @@ from mosaic_jax.stages.generator_ensemble import (
     draw_latent,
     latent_size,
 )
-from mosaic_jax.stages.generator_losses import FrozenView, diversity_loss, entropy_loss, view
+from mosaic_jax.stages.generator_judgement import (
+    FAR,
+    JUDGED,
+    relative_distance,
+    unless_diverged,
+)
+from mosaic_jax.stages.generator_losses import FrozenLosses, FrozenView
 from mosaic_jax.stages.generator_state import (
     Batch,
     GeneratorClient,
@@ -45,16 +50,9 @@ class ClientGenerator:
     def __init__(self, federation: Federation):
         self.federation = federation
         self.settings = federation.config.generator_optimization
-        threshold = self.settings.inversion_threshold
-        self.uses_inversion = threshold != 0 and bool(self.settings.inversion_weight)
-        if self.uses_inversion:
-            variables, name = (
-                federation.classifier.abstract_variables(),
-                federation.config.model.name,
-            )
-            require_batch_norm(variables, name, "generator_optimization.inversion_threshold")
         self.generator = build_generator(federation)
         self.adversary = Adversary(federation)
+        self.losses = FrozenLosses(federation)
         self.ema = optax.ema(self.settings.ema, debias=False)
         self.decay = optax.cosine_decay_schedule(1.0, self.settings.steps)
 
@@ -72,6 +70,7 @@ class ClientGenerator:
             adversary=adversary,
             adversary_optimizer=self.optimizer(0.0).init(adversary["params"]),
             average=self.ema.init(generator["params"]),
+            distance=jnp.float32(FAR),
             frozen=None,
             generator=generator,
             generator_optimizer=self.optimizer(0.0).init(generator["params"]),
@@ -110,14 +109,15 @@ class ClientGenerator:
     def block(
         self, inputs: GeneratorInputs, pair: tuple[GeneratorClient, GeneratorState]
     ) -> tuple[GeneratorState, dict[str, Array]]:
-        """Make `block_steps` steps; return mean diagnostics.
+        """Make `block_steps` steps; return mean diagnostics, and the images' `distance`.
 
-        The last block of the stage recomputes the batch statistics.
+        The last block of the stage recomputes the batch statistics. A block that ends in NaN is
+        taken back; "taken_back" is then 1 and the other diagnostics are 0.
         """
-        client, carry = pair
+        client, before = pair
         steps = inputs.first_step + jnp.arange(self.settings.block_steps)
         carry, diagnostics = jax.lax.scan(
-            lambda carry, step: self.step(inputs, client, carry, step), carry, steps
+            lambda carry, step: self.step(inputs, client, carry, step), before, steps
         )
         key = rng.fold(inputs.key, client.lists.id, steps[-1], 6)
         is_last = steps[-1] + 1 == self.settings.steps
@@ -126,7 +126,25 @@ class ClientGenerator:
             lambda: self.recompute_batch_stats(carry, key, client),
             lambda: carry.ema_batch_stats,
         )
-        return carry.replace(ema_batch_stats=statistics), jax.tree.map(jnp.mean, diagnostics)
+        carry = carry.replace(
+            distance=self.distance(inputs, client, carry, key), ema_batch_stats=statistics
+        )
+        return unless_diverged(before, carry, jax.tree.map(jnp.mean, diagnostics))
+
+    def distance(
+        self, inputs: GeneratorInputs, client: GeneratorClient, carry: GeneratorState, key: Array
+    ) -> Array:
+        """Return the distance of the EMA weights' images from the client's own, as f0 sees them."""
+        lists = client.lists
+        z = draw_latent(self.federation, key, draw_labels(key, lists.class_counts, JUDGED))
+        variables = {"params": self.averaged(carry), "batch_stats": carry.ema_batch_stats}
+        fake, _ = self.generator.apply(variables, z, train=True, mutable=["batch_stats"])
+        positions = uniform_batch(lists.index, lists.size, key=rng.fold(key, 2), batch_size=JUDGED)
+        fake_features, real_features = (
+            self.federation.classifier.apply_eval(client.frozen, images).features
+            for images in (fake, to_float(inputs.data.gather(positions)))
+        )
+        return relative_distance(fake_features, real_features)
 
     def step(
         self, inputs: GeneratorInputs, client: GeneratorClient, carry: GeneratorState, step: Array
@@ -181,13 +199,13 @@ class ClientGenerator:
         real = self.augment(batch.real, batch.key)
         fake, augment_vjp = jax.vjp(lambda images: self.augment(images, batch.key), batch.fake)
         if self.adversary.is_projected:
-            seen, view_vjp = jax.vjp(lambda images: self.view(frozen, images), fake)
+            seen, view_vjp = jax.vjp(lambda images: self.losses.view(frozen, images), fake)
             carry, scores = self._adversary_step(
-                inputs, carry, (self.view(frozen, real).maps, seen.maps), labels, step
+                inputs, carry, (self.losses.view(frozen, real).maps, seen.maps), labels, step
             )
 
             def loss(seen: FrozenView) -> tuple[Array, dict[str, Array]]:
-                of_classes, diagnostics = self.frozen_loss(seen, client, weights, labels)
+                of_classes, diagnostics = self.losses.total(seen, client, weights, labels)
                 return self.adversarial_loss(seen.maps, carry, labels) + of_classes, diagnostics
 
             (value, diagnostics), gradient = jax.value_and_grad(loss, has_aux=True)(seen)
@@ -227,14 +245,10 @@ class ClientGenerator:
         )
         return jax.nn.softplus(-verdict).mean()
 
-    def view(self, frozen: Variables, images: Array) -> FrozenView:
-        """Return what f0 makes of images, L_inv included if it is on."""
-        return view(self.federation.classifier.module, frozen, images, self.uses_inversion)
-
     def _lazy_frozen_loss(
         self, inputs: GeneratorInputs, client: GeneratorClient, batch: Batch, step: Array
     ) -> tuple[Array, Array, dict[str, Array]]:
-        """Compute `frozen_loss` and its gradient in every `frozen_every`-th step, times that.
+        """Compute the losses on f0 and their gradient in every `frozen_every`-th step, times that.
 
         A step through f0 costs nearly as much as the rest of a step. (Karras et al. 2020, lazy
         regularisation.)
@@ -243,8 +257,8 @@ class ClientGenerator:
 
         def active() -> tuple[Array, Array, dict[str, Array]]:
             def loss(images: Array) -> tuple[Array, dict[str, Array]]:
-                seen = self.view(client.frozen, images)
-                return self.frozen_loss(seen, client, weights, batch.labels)
+                seen = self.losses.view(client.frozen, images)
+                return self.losses.total(seen, client, weights, batch.labels)
 
             (value, diagnostics), gradient = jax.value_and_grad(loss, has_aux=True)(batch.fake)
             return every * value, every * gradient, jax.tree.map(lambda of: every * of, diagnostics)
@@ -254,34 +268,6 @@ class ClientGenerator:
             return zeros
 
         return active() if every == 1 else jax.lax.cond(step % every == 0, active, passive)
-
-    def frozen_loss(
-        self,
-        seen: FrozenView,
-        client: GeneratorClient,
-        weights: dict[str, Array],
-        labels: Array,
-    ) -> tuple[Array, dict[str, Array]]:
-        """Return the terms of L_G on f0, and the entropy (nats) of the classes it predicts.
-
-        Nothing is computed for losses that are off.
-        """
-        settings, loss, diagnostics = self.settings, jnp.zeros(()), {}
-        if settings.entropy_weight or settings.diversity_weight or settings.conditional:
-            diversity = diversity_loss(seen.logits)
-            loss += weights["entropy_weight"] * entropy_loss(seen.logits)
-            loss += weights["diversity_weight"] * diversity
-            diagnostics["class_entropy"] = -diversity
-        if settings.conditional:
-            if settings.class_weight:
-                each = optax.softmax_cross_entropy_with_integer_labels(seen.logits, labels)
-                loss += weights["class_weight"] * each.mean()
-            diagnostics["class_match"] = (seen.logits.argmax(axis=-1) == labels).mean()
-        if self.uses_inversion:
-            tau = settings.inversion_threshold
-            is_small = True if tau is None else client.lists.size < tau
-            loss += jnp.where(is_small, weights["inversion_weight"], 0.0) * seen.inversion
-        return loss, diagnostics
 
     def augment(self, images: Array, key: Array) -> Array:
         """Apply a random shift and brightness, the same to both batches of a step (DiffAugment)."""

@@ -78,8 +78,10 @@ class Upload(struct.PyTreeNode):
     generator: Variables
 
 
-def sampler(federation: Federation, images: int) -> Callable[[Variables, Array, Array], Array]:
+def sampler(federation: Federation, images: int) -> Callable[..., Array]:
     """Return `(generators [n, ...], key, ids [n]) -> images [n, images, h, w, c]` in [-1, 1].
+
+    A fourth argument, `owners` [n], says whose generators they are where others stand in.
 
     Each generator draws with its client's own key, and a conditional one as often each class as its
     client holds it, which the server knows of the experts.
@@ -93,8 +95,11 @@ def sampler(federation: Federation, images: int) -> Callable[[Variables, Array, 
 
     mapped = federation.layout.map_clients(of_client)
 
-    def draw(generators: Variables, key: Array, client_ids: Array) -> Array:
-        of_clients = jnp.asarray(counts, jnp.float32)[client_ids]
+    def draw(
+        generators: Variables, key: Array, client_ids: Array, owners: Array | None = None
+    ) -> Array:
+        owners = client_ids if owners is None else owners
+        of_clients = jnp.asarray(counts, jnp.float32)[owners]
         return cast(Array, mapped(key, Upload(of_clients, client_ids, generators)))
 
     return draw
@@ -176,9 +181,14 @@ class Ensemble:
         mapped = self.federation.layout.map_clients(pick)
         return cast(Variables, mapped((), (client_ids % stratum_size, strata)))
 
-    def draw(self, generators: Variables, client_ids: Array, key: Array) -> Array:
-        """Draw images [batch, h, w, c] from the sampled clients' generators [num_strata, ...]."""
-        images = sampler(self.federation, self.most)(generators, key, client_ids)
+    def draw(
+        self, generators: Variables, client_ids: Array, key: Array, owners: Array | None = None
+    ) -> Array:
+        """Draw images [batch, h, w, c] from the sampled clients' generators [num_strata, ...].
+
+        `owners` [num_strata] says whose they are, where another's stands in for a client's.
+        """
+        images = sampler(self.federation, self.most)(generators, key, client_ids, owners)
         return images[self.image_stratum, self.image_in_stratum]
 
 

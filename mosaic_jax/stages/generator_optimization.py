@@ -16,8 +16,10 @@ from flax import struct
 from mosaic_jax import trees
 from mosaic_jax.federation import Federation
 from mosaic_jax.parallel import offload, take_clients
+from mosaic_jax.stages import generator_judgement
 from mosaic_jax.stages.client_generator import ClientGenerator
 from mosaic_jax.stages.generator_ensemble import sampler, upload_shapes
+from mosaic_jax.stages.generator_judgement import FAR
 from mosaic_jax.stages.generator_state import (
     LOSS_WEIGHTS,
     GeneratorClient,
@@ -40,11 +42,14 @@ class WaveState(struct.PyTreeNode):
 
     Attributes:
       training: of the wave's clients, [wave size, ...].
+      distances: of all clients' images, float32 [waves, wave size], `FAR` for one to come; None if
+        a single wave holds all clients.
       uploaded: checksums of the waves' uploads on disk, uint32 [waves], 0 for one to come; None if
         a single wave holds all clients.
     """
 
     training: GeneratorState
+    distances: np.ndarray | None = None
     uploaded: np.ndarray | None = None
 
 
@@ -127,22 +132,24 @@ class Generators:
 
     def start(self, state: State) -> WaveState:
         """Start the first wave."""
-        uploaded = None if self.offloaded is None else np.zeros(self.waves, np.uint32)
-        return self.start_wave(state, 0, uploaded)
+        if self.offloaded is None:
+            return WaveState(self.start_wave(state, 0))
+        distances = np.full((self.waves, self.wave_size), FAR, np.float32)
+        return WaveState(self.start_wave(state, 0), distances, np.zeros(self.waves, np.uint32))
 
-    def start_wave(self, state: State, wave: int, uploaded: np.ndarray | None) -> WaveState:
+    def start_wave(self, state: State, wave: int) -> GeneratorState:
         """Start the training of a wave's clients."""
         frozen = self.client_models(state, self.members(wave))
         training = self.start_all(self.inputs, self.clients(wave, frozen))
-        if uploaded is not None:
+        if self.offloaded is not None:
             training = training.replace(frozen=frozen)
-        return WaveState(training, uploaded)
+        return cast(GeneratorState, training)
 
     def block(self, state: State, carry: WaveState, index: int) -> tuple[WaveState, Metrics]:
         """Run one block of a wave's steps; the wave's last block uploads."""
         wave, block = divmod(index, self.blocks)
         if wave and not block:
-            carry = self.start_wave(state, wave, carry.uploaded)
+            carry = carry.replace(training=self.start_wave(state, wave))
         kept = carry.training.frozen  # apart from what is donated, as the next block needs it
         frozen = self.client_models(state, self.members(wave)) if kept is None else kept
         first = np.int32(block * self.settings.block_steps)
@@ -154,24 +161,33 @@ class Generators:
         if self.offloaded is None:
             return after, metrics
         if block + 1 == self.blocks:
-            after = after.replace(uploaded=self.upload(after, wave))
+            after = self.upload(after, wave)
         clients = np.unique(self.members(wave))
         metrics = trees.take(metrics, slice(None, len(clients)))
         return after, metrics | {"clients": clients}
 
-    def upload(self, carry: WaveState, wave: int) -> np.ndarray:
-        """Offload a wave's uploads; return the checksums of all waves."""
+    def upload(self, carry: WaveState, wave: int) -> WaveState:
+        """Offload a wave's uploads; keep their checksum and distances."""
         assert self.offloaded is not None
-        uploads = self.federation.layout.to_host(self.upload_all(carry.training))
-        uploaded = np.array(carry.uploaded)
-        uploaded[wave] = self.offloaded.write(wave, uploads)
-        return uploaded
+        to_host = self.federation.layout.to_host
+        distances, uploaded = np.array(carry.distances), np.array(carry.uploaded)
+        uploaded[wave] = self.offloaded.write(wave, to_host(self.upload_all(carry.training)))
+        distances[wave] = to_host(carry.training.distance)
+        return carry.replace(distances=distances, uploaded=uploaded)
 
     def finish(self, state: State, carry: WaveState) -> State:
-        """Leave "generators" [clients, ...] in the state."""
+        """Leave "generators" and their images' "distances" [clients, ...] in the state."""
         if self.offloaded is None:
-            return state | {"generators": self.upload_all(carry.training)}
-        return state | {"generators": self.offloaded.read(np.asarray(carry.uploaded))}
+            distances, generators = carry.training.distance, self.upload_all(carry.training)
+            return state | {"distances": distances, "generators": generators}
+        generators = self.offloaded.read(np.asarray(carry.uploaded))
+        every = np.asarray(carry.distances).ravel()[: self.federation.num_clients]
+        return state | {"distances": every, "generators": generators}
+
+    def inspect(self, metrics: Metrics, index: int) -> None:
+        """Warn of unusable generators, see `generator_judgement.inspect`."""
+        is_last = (index + 1) % self.blocks == 0
+        generator_judgement.inspect(metrics, is_last, self.settings)
 
     def samples(self, state: State) -> dict[str, np.ndarray]:
         """Return generated and real images of the first clients, uint8 [clients, SAMPLES, ...]."""
@@ -244,6 +260,7 @@ def stage(federation: Federation) -> Stage:
         block=generators.block,
         finish=generators.finish,
         artifacts={"samples": generators.samples},
+        inspect=generators.inspect,
         stacks=frozenset({"training"}),
         client_steps=generators.settings.block_steps * generators.wave_size,
         upload=trees.num_bytes(upload_shapes(federation)),

@@ -5,7 +5,6 @@ once a batch of the block's pool.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Protocol
 
 import jax
@@ -18,6 +17,7 @@ from mosaic_jax.data.batches import to_float
 from mosaic_jax.federation import Federation
 from mosaic_jax.parallel import offload
 from mosaic_jax.stages.generator_ensemble import Ensemble, log_class_prior
+from mosaic_jax.stages.generator_judgement import substitutes
 from mosaic_jax.stages.generator_optimization import check_room
 from mosaic_jax.stages.image_pool import draws_per_block
 from mosaic_jax.stages.stage import State
@@ -28,7 +28,10 @@ class ImageSource(Protocol):
     """A source of the student's images."""
 
     def prepare(self, state: State, key: Array, first: int) -> PyTree:
-        """Return what a block's batches are drawn from; `first` is the block's first step."""
+        """Return what a block's batches are drawn from; `first` is the block's first step.
+
+        None if there is nothing to draw from.
+        """
 
     def sample(self, prepared: PyTree, key: Array, index: Array) -> tuple[Array, Array]:
         """Draw one batch; traceable.
@@ -45,24 +48,42 @@ class ImageSource(Protocol):
 
 
 class GeneratedImages:
-    """Images of the ensemble of generators, each with its client's class prior."""
+    """Images of the ensemble of generators, each with its client's class prior.
+
+    Where a client's generator is unusable, another's draws its share of the images.
+    """
 
     def __init__(self, federation: Federation):
         settings = federation.config.knowledge_distillation
         self.layout, self.draws = federation.layout, draws_per_block(settings)
         self.ensemble = Ensemble(federation, settings.images_per_generator)
         self.sample_clients = self.layout.jit(jax.vmap(self.ensemble.sample_clients))
-        self.log_prior = class_prior(federation)
+        self.log_prior, self.counts = class_prior(federation), federation.clients.class_counts
+        self.generator_settings = federation.config.generator_optimization
+        self.stand_in = self.layout.jit(
+            lambda generators, owners: self.layout.shard_clients(trees.take(generators, owners))
+        )
         check_room(federation, self.ensemble.num_strata * self.draws)
 
     def prepare(self, state: State, key: Array, first: int) -> PyTree:
         """Return all generators or, if they are offloaded, those of each of the block's draws."""
-        generators = state["generators"]
+        generators, owners = state["generators"], self.owners(state)
+        if owners is None:
+            return None
+        on_devices = self.layout.put_replicated(owners)
         if not offload.is_offloaded(generators):
-            return {"all": generators}
+            if (owners != np.arange(len(owners))).any():
+                generators = self.stand_in(generators, on_devices)
+            return {"all": generators, "owners": on_devices}
         draws = np.arange(first, first + self.draws)
         ids = np.asarray(self.sample_clients(jax.vmap(lambda draw: rng.fold(key, draw))(draws)))
-        return {"of_draws": self.layout.put_replicated(trees.take(generators, ids))}
+        of_draws = self.layout.put_replicated(trees.take(generators, owners[ids]))
+        return {"of_draws": of_draws, "owners": on_devices}
+
+    def owners(self, state: State) -> np.ndarray | None:
+        """Return for each client whose generator draws its images, int32 [clients], if any can."""
+        distances = np.asarray(self.layout.to_host(state["distances"]))
+        return substitutes(distances, self.counts, self.generator_settings)
 
     def sample(self, prepared: PyTree, key: Array, index: Array) -> tuple[Array, Array]:
         """Draw images of this draw's generators."""
@@ -71,8 +92,9 @@ class GeneratedImages:
             generators = trees.take(prepared["of_draws"], index)
         else:
             generators = self.ensemble.take(prepared["all"], client_ids)
-        prior = jnp.asarray(self.log_prior)[client_ids][self.ensemble.image_stratum]
-        return self.ensemble.draw(generators, client_ids, key), prior
+        owners = prepared["owners"][client_ids]
+        prior = jnp.asarray(self.log_prior)[owners][self.ensemble.image_stratum]
+        return self.ensemble.draw(generators, client_ids, key, owners), prior
 
 
 class AveragedGenerator(GeneratedImages):
@@ -80,11 +102,16 @@ class AveragedGenerator(GeneratedImages):
 
     def __init__(self, federation: Federation):
         super().__init__(federation)
-        self.average = self.layout.jit(partial(averaged, weights=federation.clients.sizes))
+        self.sizes, self.average = federation.clients.sizes, self.layout.jit(averaged)
 
     def prepare(self, state: State, key: Array, first: int) -> PyTree:
-        """Return the mean in every client's place."""
-        return {"all": self.average(state["generators"])}
+        """Return the mean of the usable generators in every client's place."""
+        owners, own = self.owners(state), np.arange(len(self.sizes), dtype=np.int32)
+        if owners is None:
+            return None
+        weights = np.where(owners == own, self.sizes, 0).astype(np.float32)
+        weights, own = self.layout.put_replicated((weights, own))
+        return {"all": self.average(state["generators"], weights), "owners": own}
 
 
 class RealImages:
@@ -118,9 +145,9 @@ SOURCES: dict[str, Callable[[Federation], ImageSource]] = {
 """The values of `knowledge_distillation.images`."""
 
 
-def averaged(generators: Variables, weights: np.ndarray) -> Variables:
+def averaged(generators: Variables, weights: Array) -> Variables:
     """Replace every client's generator [clients, ...] by their mean, weighted by [clients]."""
-    shares = jnp.asarray(weights / weights.sum(), jnp.float32)
+    shares = weights / weights.sum()
 
     def mean(leaf: Array) -> Array:
         return jnp.broadcast_to(jnp.tensordot(shares, leaf, axes=1), leaf.shape)

@@ -33,6 +33,9 @@ FEWEST_CLASSES = 1.5
 
 LOSS_WEIGHTS = ("kl_weight", "ce_weight", "js_weight")
 
+METRICS = ("agreement", "loss", "teacher_certainty", "teacher_classes")
+"""Of a block; all 0 where no generator is usable."""
+
 
 def jensen_shannon(log_p: Array, log_q: Array) -> Array:
     """Return JS = KL(p || m)/2 + KL(q || m)/2, m = (p + q)/2, in [0, log 2], over the last axis."""
@@ -193,9 +196,12 @@ def stage(federation: Federation) -> Stage:
 
     def block(state: State, carry: StudentState, index: int) -> tuple[StudentState, Metrics]:
         first = index * settings.block_steps
+        prepared = student.source.prepare(state, constants["key"], first)
+        if prepared is None:
+            return carry, dict.fromkeys(METRICS, np.float32(0))
         inputs = DistillationInputs(
             first=layout.put_replicated(np.int32(first)),
-            prepared=student.source.prepare(state, constants["key"], first),
+            prepared=prepared,
             teacher=Teacher(state["experts"], state["meta"]),
             **constants,
         )
@@ -214,9 +220,12 @@ def stage(federation: Federation) -> Stage:
     )
 
 
-def inspect(metrics: Metrics) -> None:
-    """Warn where the teacher sees nearly one class only in a block's images."""
-    if metrics["teacher_classes"] < FEWEST_CLASSES:
+def inspect(metrics: Metrics, index: int) -> None:
+    """Warn where there are no images, or the teacher sees nearly one class only in a block's."""
+    if not metrics["teacher_classes"]:
+        if not index:
+            log.warning("no client's generator is usable: the student stays the global model")
+    elif metrics["teacher_classes"] < FEWEST_CLASSES:
         log.warning(
             "the teacher sees one class in nearly all distillation images: the generators have "
             "collapsed, and the student learns nothing; train them longer"

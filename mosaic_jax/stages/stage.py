@@ -26,8 +26,8 @@ from mosaic_jax.types import PyTree
 
 State = dict[str, PyTree]
 """What stages leave for later ones, by name: "global" (the global model), "own" (what clients keep
-of FedBN), and of Mosaic "client_models" or "received", "experts", "generators", "prototypes",
-"meta" and "student". A method of one's own adds entries."""
+of FedBN), and of Mosaic "client_models" or "received", "experts", "generators", "distances",
+"prototypes", "meta" and "student". A method of one's own adds entries."""
 
 Metrics = Mapping[str, Any]
 
@@ -45,7 +45,7 @@ class Stage:
       finish: (state, carry) -> state; traceable and cheap.
       evaluate: state after `finish` -> named metrics; never feeds back into the run.
       artifacts: files for the report, by name: state after `finish` -> arrays.
-      inspect: a block's metrics on the host -> warnings.
+      inspect: (a block's metrics on the host, block index) -> warnings, or a `UserError`.
       stacks: names of the entries of the carry whose leaves lead with an axis of clients or models.
       client_steps: optimiser steps of all clients (or of the server) in one block.
       download: bytes each client receives in the whole stage, [clients].
@@ -59,7 +59,7 @@ class Stage:
     finish: Callable[[State, PyTree], State]
     evaluate: Callable[[State], dict[str, float]] = field(default=lambda state: {})
     artifacts: Mapping[str, Callable[[State], dict[str, np.ndarray]]] = field(default_factory=dict)
-    inspect: Callable[[Metrics], None] = field(default=lambda metrics: None)
+    inspect: Callable[[Metrics, int], None] = field(default=lambda metrics, index: None)
     stacks: frozenset[str] = frozenset()
     client_steps: int = 0
     download: np.ndarray | int = 0

@@ -23,7 +23,7 @@ from mosaic_jax.types import UserError
 KEY = jax.random.key(3)
 RUN = tuple(name for name in STAGES if name != "acceptance")
 """Stages of a run with the default rule of acceptance."""
-MODELS = ("generators", "student", "global")
+MODELS = ("generators", "distances", "student", "global")
 FIVE = {"partition.clients": 5, "knowledge_distillation.generators_per_step": 5}
 BOUND = 4e-4
 """GiB: of five clients' models too little, of two clients in training enough."""
@@ -223,8 +223,9 @@ def test_a_block_reads_the_generators_it_draws_from_off_the_disk(
     stack = offload.create(tmp_path, shapes, 6)
     offload.write(stack, 0, jax.device_get(generators))
     for first in (0, 2):
-        drawn = source.prepare({"generators": stack}, KEY, first)
-        here = source.prepare({"generators": generators}, KEY, first)
+        near = {"distances": np.zeros(6)}
+        drawn = source.prepare({"generators": stack, **near}, KEY, first)
+        here = source.prepare({"generators": generators, **near}, KEY, first)
         assert {len(leaf) for leaf in jax.tree.leaves(drawn)} == {draws}
         for index in range(draws):
             key = rng.fold(KEY, first + index)

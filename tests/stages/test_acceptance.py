@@ -79,9 +79,9 @@ def test_the_student_goes_on_where_both_are_level(federation, models):
 def test_a_student_that_is_refused_is_named_in_a_warning(caplog):
     counts = {"student_right": 12, "global_right": 34, "images": 56}
     with caplog.at_level(logging.WARNING):
-        acceptance.inspect({**counts, "accepted": 1})
+        acceptance.inspect({**counts, "accepted": 1}, 0)
         assert not caplog.records
-        acceptance.inspect({**counts, "accepted": 0})
+        acceptance.inspect({**counts, "accepted": 0}, 0)
     assert "right on 12 and the global model on 34 of the clients' 56" in caplog.text
 
 

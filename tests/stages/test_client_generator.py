@@ -159,7 +159,7 @@ def test_the_upload_is_the_average_of_the_generators_weights_without_its_start(b
 
 def test_the_uploads_running_statistics_are_those_of_its_own_weights(bench):
     carry = bench.run(2, steps=2)[0][-1]
-    found = bench.generator.recompute_batch_stats(carry, KEY)
+    found = bench.generator.recompute_batch_stats(carry, KEY, bench.client(2))
     expected = carry.generator["batch_stats"]
     for number in range(client_generator.BN_BATCHES):
         z = jax.random.normal(jax.random.fold_in(KEY, number), (8, 8))

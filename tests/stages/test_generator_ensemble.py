@@ -43,7 +43,7 @@ def test_distillation_sees_each_generators_own_images_and_no_mixture(federation,
     params["colour"]["kernel"] = kernel + shades.reshape(3, 1, 1, 1, 1)
     constant = {"params": params, "batch_stats": generators["batch_stats"]}
     source = image_sources.GeneratedImages(federation)
-    prepared = source.prepare({"generators": constant}, KEY, 0)
+    prepared = source.prepare({"generators": constant, "distances": np.zeros(3)}, KEY, 0)
     images = np.asarray(jax.jit(source.sample)(prepared, rng.fold(KEY, 0), 0)[0])
     assert images.shape == (3 * 4, 16, 16, 1)
     expected = np.tanh(4 * np.asarray(shades))  # four channels, each times the shade

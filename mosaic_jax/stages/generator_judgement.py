@@ -1,0 +1,117 @@
+"""Which generators are good enough to teach by, judged by their own clients (not in the paper).
+
+A client compares images of its generator with its own, in the features of its frozen model f0, and
+sends one number. Beyond `generator_optimization.max_distance` a generator is unusable: another
+client's, with classes as alike as can be, draws its images. Without any usable generator there is
+no distillation.
+"""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mosaic_jax.config import GeneratorOptimization
+from mosaic_jax.stages.generator_state import GeneratorState
+from mosaic_jax.stages.stage import Metrics
+from mosaic_jax.types import Array, UserError
+
+log = logging.getLogger(__name__)
+
+JUDGED = 128
+"""Number of images, generated and real, that a client compares."""
+
+FAR = 1e9
+"""The largest distance, and that of a generator whose last block ended in NaN."""
+
+TINY = 1e-9
+"""Added to the variance of real images, which may all be equal."""
+
+NAMED = 5
+"""Clients that a message names."""
+
+
+def relative_distance(fake: Array, real: Array) -> Array:
+    """Return the distance of two sets of features [n, d], over the variance of the real ones.
+
+    It is |mean difference|^2 + |difference of standard deviations|^2, the Frechet distance of
+    normal distributions with diagonal covariances.
+    """
+    means, deviations = ([of(each, axis=0) for each in (fake, real)] for of in (jnp.mean, jnp.std))
+    apart = jnp.square(means[0] - means[1]).sum() + jnp.square(deviations[0] - deviations[1]).sum()
+    return jnp.minimum(apart / (jnp.square(deviations[1]).sum() + TINY), FAR)
+
+
+def unless_diverged(
+    before: GeneratorState, after: GeneratorState, diagnostics: dict[str, Array]
+) -> tuple[GeneratorState, dict[str, Array]]:
+    """Return what a block leaves or, if it ended in NaN, what it began with and zeros.
+
+    The diagnostics get "distance", and "taken_back", which is 1 if the block ended in NaN.
+    """
+    leaves = jax.tree.leaves((after, diagnostics))
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+    carry, diagnostics = jax.lax.cond(
+        finite,
+        lambda: (after, diagnostics),
+        lambda: (
+            before.replace(distance=jnp.float32(FAR)),
+            jax.tree.map(jnp.zeros_like, diagnostics),
+        ),
+    )
+    return carry, diagnostics | {"distance": carry.distance, "taken_back": 1.0 - finite}
+
+
+def inspect(metrics: Metrics, is_last: bool, settings: GeneratorOptimization) -> None:
+    """Warn of blocks that ended in NaN and, after the last block, of unusable generators.
+
+    Raises:
+      UserError: there are some, and the settings say to stop.
+    """
+    ids = np.asarray(metrics.get("clients", np.arange(len(metrics["distance"]))))
+    if is_last:
+        far = ids[np.asarray(metrics["distance"]) > settings.max_distance]
+        what = (
+            f"images farther than generator_optimization.max_distance = {settings.max_distance} "
+            "from the real ones"
+        )
+    else:
+        far, what = ids[np.asarray(metrics["taken_back"]) > 0], "a block that ended in NaN"
+    if not len(far):
+        return
+    who = ", ".join(map(str, far[:NAMED])) + (f" and {len(far) - NAMED} more" * (len(far) > NAMED))
+    text = f"the generator of client {who} has {what}"
+    if settings.unusable == "stop":
+        raise UserError(
+            f"{text}; train longer, at a smaller learning rate, or set "
+            "generator_optimization.unusable = 'leave_out'"
+        )
+    done = {"leave_out": "is left out", "use": "is used"}[settings.unusable]
+    log.warning("%s and %s", text, done if is_last else "starts again from the block before")
+
+
+def substitutes(
+    distances: np.ndarray, class_counts: np.ndarray, settings: GeneratorOptimization
+) -> np.ndarray | None:
+    """Return for each client whose generator draws its images, int [clients].
+
+    It is its own or, if that is unusable and left out, the usable one of the client whose class
+    shares are most alike. None if no generator is usable.
+
+    Args:
+      distances: of the generators' images, float [clients].
+      class_counts: images n_ic, int [clients, classes].
+      settings: of the generators.
+    """
+    own = np.arange(len(distances), dtype=np.int32)
+    usable = ~(distances > settings.max_distance)
+    if usable.all() or settings.unusable == "use":
+        return own
+    if not usable.any():
+        return None
+    shares = class_counts / class_counts.sum(axis=1, keepdims=True)
+    directions = shares / np.linalg.norm(shares, axis=1, keepdims=True)
+    alike = directions[~usable] @ directions[usable].T
+    own[~usable] = own[usable][alike.argmax(axis=1)]
+    return own

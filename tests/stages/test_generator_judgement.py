@@ -1,0 +1,192 @@
+"""Which generators teach: their distance, what is done with unusable ones, and who stands in."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mosaic_jax import parallel, rng, trees
+from mosaic_jax.config import GeneratorOptimization
+from mosaic_jax.stages import generator_judgement, image_sources, knowledge_distillation
+from mosaic_jax.stages.generator_judgement import FAR, relative_distance, substitutes
+from mosaic_jax.types import UserError
+from tests.helpers import assert_same, differ, run
+from tests.stages.unequal import KEY, unequal
+
+RANDOM = np.random.default_rng(0)
+LEAVE_OUT = {"generator_optimization.unusable": "leave_out"}
+SHARES = np.array([[8, 2, 0], [9, 1, 0], [0, 5, 5], [0, 0, 7]])
+
+
+def test_distance_is_in_units_of_the_real_images_variance():
+    real = RANDOM.standard_normal((50, 4)) * [1, 2, 3, 4]
+    assert relative_distance(real, real) == pytest.approx(0, abs=1e-6)
+    shifted = relative_distance(real + np.array([2, 0, 0, 1]), real)
+    assert shifted == pytest.approx(5 / real.var(axis=0).sum(), rel=1e-4)
+    centred = real - real.mean(axis=0)
+    assert relative_distance(3 * centred, centred) == pytest.approx(4, rel=1e-4)
+    assert relative_distance(0 * centred, centred) == pytest.approx(1, rel=1e-4)  # one image only
+
+
+def test_images_of_a_client_whose_own_are_all_equal_are_as_far_as_can_be():
+    assert relative_distance(RANDOM.standard_normal((50, 4)), jnp.ones((50, 4))) == FAR
+
+
+def blocks(bench, i, rates):
+    """Return the carry and diagnostics after each block of two steps, at these learning rates."""
+    client = parallel.put_replicated(bench.federation.layout.mesh, bench.client(i))
+    carry, step = bench.start(bench.inputs(), client), jax.jit(bench.generator.block)
+    found = [(carry, {})]
+    for index, rate in enumerate(rates):
+        inputs = bench.inputs(learning_rate=jnp.float32(rate), first_step=jnp.int32(2 * index))
+        found.append(step(inputs, (client, found[-1][0])))
+    return found
+
+
+def test_a_block_that_ends_in_nan_is_taken_back_and_the_next_goes_on(bench):
+    _, good, bad, after = blocks(bench, 1, [2e-3, np.nan, 2e-3])
+    assert good[1]["taken_back"] == 0 < good[1]["distance"] < FAR
+    assert good[0].distance == good[1]["distance"]
+    assert bad[1]["taken_back"] == 1
+    assert bad[1]["generator_loss"] == bad[1]["spread"] == 0
+    assert bad[1]["distance"] == FAR == bad[0].distance
+    assert_same(bad[0].replace(distance=0), good[0].replace(distance=0))
+    assert after[1]["taken_back"] == 0 < after[1]["distance"] < FAR
+    assert differ(after[0].generator["params"], good[0].generator["params"])
+
+
+def test_distance_compares_the_averaged_weights_images_with_the_clients_own(bench):
+    """As told by the features themselves: of one image, 0 for the generator of that image."""
+    _, (carry, diagnostics) = blocks(bench, 0, [2e-3])
+    client, federation = bench.client(0), bench.federation
+    other = jax.tree.map(lambda leaf: 3 * leaf, carry.average)
+    moved = carry.replace(average=other)
+    key = rng.fold(KEY, client.lists.id, 1, 6)
+    distance = jax.jit(bench.generator.distance)
+    found = distance(bench.inputs(), client, carry, key)
+    assert found == pytest.approx(float(diagnostics["distance"]), rel=1e-4)
+    assert abs(distance(bench.inputs(), client, moved, key) - found) > 1e-3
+    data = dataclasses.replace(federation.data, images=255 - federation.data.images)
+    assert abs(distance(bench.inputs(data=data), client, carry, key) - found) > 1e-3
+
+
+def settings(unusable, max_distance=0.5):
+    return GeneratorOptimization(unusable=unusable, max_distance=max_distance)
+
+
+def metrics(distances, taken_back=0.0, **more):
+    distances = np.array(distances)
+    return {"distance": distances, "taken_back": np.full(len(distances), taken_back), **more}
+
+
+def test_unusable_generators_are_named_after_the_last_block(caplog):
+    def say(given, is_last, unusable="leave_out"):
+        caplog.clear()
+        generator_judgement.inspect(given, is_last, settings(unusable))
+        return caplog.text
+
+    with caplog.at_level(logging.WARNING):
+        far = metrics([0.1, 0.6, 0.4, FAR])
+        assert say(far, False) == say(metrics([0.5, 0.1]), True) == ""
+        text = say(far, True)
+        assert "the generator of client 1, 3 has images farther than " in text
+        assert "max_distance = 0.5 from the real ones and is left out" in text
+        assert "and is used" in say(far, True, "use")
+        text = say(metrics([0.9, 0.1], clients=np.array([6, 7])), True)
+        assert "generator of client 6 has" in text
+        assert "client 0, 1, 2, 3, 4 and 2 more has" in say(metrics([1.0] * 7), True)
+        text = say(metrics([0.1], taken_back=1.0, clients=np.array([2])), False)
+        assert "client 2 has a block that ended in NaN and starts again from the block" in text
+
+
+def test_the_run_stops_at_an_unusable_generator_if_told_to():
+    with pytest.raises(UserError, match=r"generator of client 1 has images .*'leave_out'"):
+        generator_judgement.inspect(metrics([0.1, 0.6]), True, settings("stop"))
+    with pytest.raises(UserError, match="client 0 has a block that ended in NaN"):
+        generator_judgement.inspect(metrics([0.1], taken_back=1.0), False, settings("stop"))
+
+
+@pytest.mark.parametrize(
+    ("distances", "owners"),
+    [
+        ([0.1, 0.5, 0.2, 0.3], [0, 1, 2, 3]),
+        ([0.6, 0.1, 0.1, 0.1], [1, 1, 2, 3]),
+        ([0.1, 0.1, FAR, 0.1], [0, 1, 3, 3]),
+        ([9, 9, 0.1, 9], [2, 2, 2, 2]),
+    ],
+)
+def test_the_client_with_classes_most_alike_stands_in(distances, owners):
+    found = substitutes(np.array(distances), SHARES, settings("leave_out"))
+    np.testing.assert_array_equal(found, owners)
+    every = substitutes(np.array(distances), SHARES, settings("use"))
+    np.testing.assert_array_equal(every, [0, 1, 2, 3])
+
+
+def test_nobody_stands_in_where_no_generator_is_usable():
+    assert substitutes(np.full(4, 0.6), SHARES, settings("leave_out")) is None
+
+
+@pytest.fixture(scope="module")
+def left_out(states):
+    """Return the federation that leaves generators out, and its state with client 1's too far."""
+    federation = unequal(**LEAVE_OUT, **{"knowledge_distillation.class_prior": True})
+    state = states["meta_model"] | states["generator_optimization"]
+    return federation, state | {"distances": jnp.array([0.1, 0.9, 0.1])}
+
+
+def test_another_generator_draws_an_unusable_ones_images_of_its_own_classes(left_out):
+    federation, state = left_out
+    source = image_sources.GeneratedImages(federation)
+    near = state | {"distances": jnp.zeros(3)}
+    drawn, own = (source.sample(source.prepare(s, KEY, 0), KEY, 0) for s in (state, near))
+    slots = np.repeat([0, 1, 2], [2, 5, 5])  # of 5, 33 and 31 images
+    for slot in (0, 2):
+        assert_same(drawn[0][slots == slot], own[0][slots == slot])
+    assert differ(drawn[0][slots == 1], own[0][slots == 1])
+    # Client 2's generator with the noise of client 1.
+    swapped = jax.tree.map(lambda leaf: leaf.at[1].set(leaf[2]), state["generators"])
+    by_hand = source.sample(source.prepare(near | {"generators": swapped}, KEY, 0), KEY, 0)
+    np.testing.assert_allclose(drawn[0], by_hand[0], atol=1e-6)
+    assert_same(drawn[1], image_sources.class_prior(federation)[[0, 2, 2]][slots])
+
+
+def test_the_mean_generator_is_that_of_the_usable_ones(left_out):
+    state = left_out[1]
+    averaged = {"knowledge_distillation.images": "averaged"}
+    source = image_sources.AveragedGenerator(unequal(**LEAVE_OUT, **averaged))
+    found = source.prepare(state, KEY, 0)["all"]
+    expected = jax.tree.map(
+        lambda leaf: np.average(np.asarray(leaf)[[0, 2]], axis=0, weights=[5, 31]),
+        state["generators"],
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        trees.take(found, 1),
+        expected,
+    )
+
+
+def test_without_a_usable_generator_the_student_stays_the_global_model(left_out, caplog):
+    federation, state = left_out
+    state = state | {"distances": jnp.full(3, FAR)}
+    stage = knowledge_distillation.stage(federation)
+    carry, figures = stage.block(state, stage.start(state), 0)
+    assert_same(carry.student, state["global"])
+    assert set(figures) == set(knowledge_distillation.METRICS)
+    with caplog.at_level(logging.WARNING):
+        stage.inspect(figures, 1)
+        assert not caplog.text
+        stage.inspect(figures, 0)
+    assert "no client's generator is usable: the student stays the global model" in caplog.text
+
+
+def test_a_run_with_bad_generators_ends_as_if_there_were_no_distillation(make_federation, tmp_path):
+    """Four steps of a generator of width 4: nothing that could teach."""
+    bad = make_federation(**LEAVE_OUT, **{"generator_optimization.max_distance": 1e-3})
+    none = make_federation(**{"knowledge_distillation.steps": 0})
+    ends = [run(bad, tmp_path / "bad")[0], run(none, tmp_path / "none")[0]]
+    assert (np.asarray(ends[0]["distances"]) > 1e-3).all()
+    assert_same(ends[0]["student"], ends[1]["global"])
