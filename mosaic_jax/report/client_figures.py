@@ -152,7 +152,7 @@ def _plot_clients(axis: "Axes", steps: np.ndarray, values: np.ndarray) -> None:
 
 
 def _plot_real_images(axis: "Axes", name: str, run: Run) -> None:
-    """Plot the value of the real images in a metric of the generated ones, where it is known."""
+    """Plot what a metric is compared with: its value in real images, or the largest one allowed."""
     if name == "class_entropy" and run.clients is not None:
         entropy = _class_entropy(_class_counts(run))
         label = f"entropy of real classes, {entropy:.2f}"
@@ -161,6 +161,9 @@ def _plot_real_images(axis: "Axes", name: str, run: Run) -> None:
         deviation = run.samples["real"].std(axis=1, ddof=1).mean() / 127.5
         label = f"pixel std of real images, {deviation:.2f}"
         axis.axhline(deviation, color="black", ls="--", label=label)
+    if name == "distance":
+        most = run.config[STAGE]["max_distance"]
+        axis.axhline(most, color="black", ls="-.", label=f"unusable beyond {most:g}")
 
 
 def _class_entropy(counts: np.ndarray) -> float:

@@ -48,7 +48,7 @@ FIGURES = {
         client_figures.generator_lines,
         "The adversary's scores of real and generated images, the standard deviation of the "
         "generated ones' pixels, the entropy of the classes that the client's model sees in them, "
-        "and both losses, a line a client.",
+        "their distance from real ones in its features, and both losses, a line a client.",
     ),
     "generator_losses": FigureKind(
         client_figures.generator_losses,

@@ -21,6 +21,9 @@ MEASURES = (
     "Accuracy in percent. test: the global test set; local test: mean over clients, on test images "
     "that follow the client's class distribution; validation: held out of the clients' images."
 )
+NAMED = 5
+"""Clients with unusable generators that a table names."""
+
 COST = (
     "Wall seconds of the compiled blocks, without evaluation and checkpoints; bytes a client "
     "receives and sends in the whole stage, mean over clients."
@@ -31,11 +34,34 @@ def result_table(run: Run) -> Table:
     """Tabulate the models of one run."""
     rounds = best_and_last_round(run)
     chosen = f" Best round: {rounds[0]}; last: {rounds[1]}." if rounds else ""
-    caption = MEASURES + chosen + run.progress()
+    caption = MEASURES + chosen + generators_text(run) + run.progress()
     table = _table(run.title_with_seed(), caption, "model", "test", "local test", "validation")
     for label, *accuracies in result_rows(run):
         table.add_row(label, *(_mean_and_std_text([accuracy]) for accuracy in accuracies))
     return table
+
+
+def generators_text(run: Run) -> str:
+    """Say which generators are unusable, and their distances; empty if all can be used."""
+    stage = "generator_optimization"
+    distances: dict[int, float] = {}
+    if not any("upload_bytes" in line for line in run.lines_of(stage)):
+        return ""  # not at the end of the stage yet
+    for wave in run.waves(stage):
+        found = wave[-1].get("distance", [])
+        distances |= dict(zip(wave[-1].get("clients", range(len(found))), found, strict=True))
+    settings = run.config.get(stage, {})
+    most = settings.get("max_distance", np.inf)
+    far = {client: distance for client, distance in distances.items() if distance > most}
+    if not far:
+        return ""
+    named = [f"client {client} ({far[client]:.2g})" for client in list(far)[:NAMED]]
+    more = [f"{len(far) - NAMED} more"] if len(far) > NAMED else []
+    used = " but used" if settings.get("unusable") == "use" else " and left out"
+    return (
+        f" {len(far)} of {len(distances)} generators are unusable{used}, their images farther than "
+        f"{most:g} from the real ones: {', '.join([*named, *more])}."
+    )
 
 
 def mean_table(runs: Sequence[Run]) -> Table:

@@ -72,23 +72,22 @@ def inspect(metrics: Metrics, is_last: bool, settings: GeneratorOptimization) ->
     ids = np.asarray(metrics.get("clients", np.arange(len(metrics["distance"]))))
     if is_last:
         far = ids[np.asarray(metrics["distance"]) > settings.max_distance]
-        what = (
-            f"images farther than generator_optimization.max_distance = {settings.max_distance} "
-            "from the real ones"
-        )
+        most = settings.max_distance
+        what = f"images farther than generator_optimization.max_distance = {most} from real ones"
     else:
-        far, what = ids[np.asarray(metrics["taken_back"]) > 0], "a block that ended in NaN"
+        far, what = ids[np.asarray(metrics["taken_back"]) > 0], "a block of steps ended in NaN"
     if not len(far):
         return
-    who = ", ".join(map(str, far[:NAMED])) + (f" and {len(far) - NAMED} more" * (len(far) > NAMED))
-    text = f"the generator of client {who} has {what}"
+    named = [f"client {client}" for client in far[:NAMED]]
+    more = [f"{len(far) - NAMED} more"] if len(far) > NAMED else []
+    text = f"generators of {', '.join([*named, *more])}: {what}"
     if settings.unusable == "stop":
         raise UserError(
             f"{text}; train longer, at a smaller learning rate, or set "
             "generator_optimization.unusable = 'leave_out'"
         )
-    done = {"leave_out": "is left out", "use": "is used"}[settings.unusable]
-    log.warning("%s and %s", text, done if is_last else "starts again from the block before")
+    done = {"leave_out": "left out", "use": "used all the same"}[settings.unusable]
+    log.warning("%s; %s", text, done if is_last else "the next one starts again from before it")
 
 
 def substitutes(

@@ -37,6 +37,33 @@ def test_an_accepted_model_is_the_one_a_run_without_fine_tuning_ends_with(tmp_pa
     assert by_split["test"]["student after distillation"] == 60
 
 
+def test_unusable_generators_are_named_with_their_distances(tmp_path: Path) -> None:
+    lines = mosaic_lines(9)
+    generators = [line for line in lines if line["stage"] == "generator_optimization"]
+    generators[0]["distance"] = [5.0] * 9
+    assert tables.generators_text(load(write_run(tmp_path / "good", lines))) == ""
+    generators[1]["distance"] = [0.2, 1.25, 0.9] + 6 * [7.0]
+    text = tables.generators_text(load(write_run(tmp_path / "bad", lines)))
+    assert text == (
+        " 7 of 9 generators are unusable and left out, their images farther than 1 from the real "
+        "ones: client 1 (1.2), client 3 (7), client 4 (7), client 5 (7), client 6 (7), 2 more."
+    )
+    assert text in str(tables.result_table(load(tmp_path / "bad")).caption)
+    del generators[1]["upload_bytes"]
+    unfinished = load(write_run(tmp_path / "unfinished", lines))
+    assert tables.generators_text(unfinished) == ""
+
+
+def test_unusable_generators_of_waves_are_named_by_their_clients(tmp_path: Path) -> None:
+    waves = [{"clients": [0, 1], "distance": [0.1, 2.0]}, {"clients": [2], "distance": [3.0]}]
+    stage = {"stage": "generator_optimization", "seconds": 1.0}
+    lines = [stage | {"block": n} | wave for n, wave in enumerate(waves, start=1)]
+    lines[1]["upload_bytes"] = 5
+    text = tables.generators_text(load(write_run(tmp_path / "run", lines, counts=None)))
+    assert "2 of 3 generators" in text
+    assert "client 1 (2), client 2 (3)." in text
+
+
 def test_costs_are_summed_and_averaged_over_clients(tmp_path: Path) -> None:
     rows = cells(tables.cost_table(load(write_run(tmp_path / "run", mosaic_lines()))))
     assert rows[0] == ["local_update", "2", "3.0", "2.0 kB", "2.0 kB"]

@@ -34,6 +34,7 @@ def generator_line(block: int, clients: int) -> dict[str, Any]:
         "fake_score": 0.2 + 0.2 * rise,
         "spread": 0.3 * rise,
         "class_entropy": 0.5 * rise,
+        "distance": 0.9 - rise,
         "generator_loss": 2 - rise,
         "adversary_loss": 1 + rise,
     }
@@ -88,7 +89,7 @@ def write_run(
         "method": method,
         "data": {"name": "digits"},
         "partition": {"clients": len(counts or COUNTS), "alpha": 0.1},
-        "generator_optimization": {"block_steps": 100},
+        "generator_optimization": {"block_steps": 100, "max_distance": 1.0},
         "knowledge_distillation": {"block_steps": 50},
         "parallel": {"lanes": seed},
     }

@@ -92,20 +92,20 @@ def test_unusable_generators_are_named_after_the_last_block(caplog):
         far = metrics([0.1, 0.6, 0.4, FAR])
         assert say(far, False) == say(metrics([0.5, 0.1]), True) == ""
         text = say(far, True)
-        assert "the generator of client 1, 3 has images farther than " in text
-        assert "max_distance = 0.5 from the real ones and is left out" in text
-        assert "and is used" in say(far, True, "use")
+        assert "generators of client 1, client 3: images farther than " in text
+        assert "max_distance = 0.5 from real ones; left out" in text
+        assert "; used all the same" in say(far, True, "use")
         text = say(metrics([0.9, 0.1], clients=np.array([6, 7])), True)
-        assert "generator of client 6 has" in text
-        assert "client 0, 1, 2, 3, 4 and 2 more has" in say(metrics([1.0] * 7), True)
+        assert "generators of client 6: " in text
+        assert "client 3, client 4, 2 more: " in say(metrics([1.0] * 7), True)
         text = say(metrics([0.1], taken_back=1.0, clients=np.array([2])), False)
-        assert "client 2 has a block that ended in NaN and starts again from the block" in text
+        assert "client 2: a block of steps ended in NaN; the next one starts again from" in text
 
 
 def test_the_run_stops_at_an_unusable_generator_if_told_to():
-    with pytest.raises(UserError, match=r"generator of client 1 has images .*'leave_out'"):
+    with pytest.raises(UserError, match=r"generators of client 1: images .*'leave_out'"):
         generator_judgement.inspect(metrics([0.1, 0.6]), True, settings("stop"))
-    with pytest.raises(UserError, match="client 0 has a block that ended in NaN"):
+    with pytest.raises(UserError, match="client 0: a block of steps ended in NaN"):
         generator_judgement.inspect(metrics([0.1], taken_back=1.0), False, settings("stop"))
 
 
