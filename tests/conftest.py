@@ -2,10 +2,12 @@
 
 import os
 import warnings
+from contextlib import nullcontext
 
 import jax
 import pytest
 
+from mosaic_jax.run import experiment
 from tests.helpers import CACHE_SETTINGS, tiny_federation
 
 for setting, value in CACHE_SETTINGS.items():
@@ -24,6 +26,17 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     """Silence the leftovers after the last test, when pytest looks once more with other filters."""
     warnings.filterwarnings("ignore", ORBAX_LEFTOVERS, pytest.PytestUnraisableExceptionWarning)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_at_the_calls():
+    """Compile programs at their calls: on tiny stages, walking ahead costs a sixth of a run.
+
+    `tests/run/test_ahead.py` and the tests of commands, in processes of their own, compile ahead.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "compiling_ahead", lambda *stages: nullcontext())
+        yield
 
 
 @pytest.fixture(scope="session")

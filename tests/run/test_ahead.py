@@ -8,7 +8,7 @@ import pytest
 
 from mosaic_jax import methods
 from mosaic_jax.parallel.programs import shapes_of
-from mosaic_jax.run import ahead
+from mosaic_jax.run import ahead, experiment
 
 
 @pytest.fixture
@@ -51,6 +51,20 @@ def test_no_large_program_is_compiled_at_its_call(make_federation, compiled, met
     for shape, array in zip(jax.tree.leaves(shapes), arrays, strict=True):
         assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
         assert shape.sharding.is_equivalent_to(array.sharding, array.ndim)
+
+
+def test_a_run_compiles_its_later_stages_ahead(make_federation, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "compiling_ahead", ahead.compiling_ahead)
+    threads = set()
+
+    def listen(event, _seconds, **about):
+        if event.endswith("backend_compile_duration"):
+            threads.add(threading.current_thread().name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    experiment.run(make_federation(method="fedavg"), tmp_path / "run")
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert any(name.startswith("compile") for name in threads)
 
 
 def test_a_walk_that_breaks_off_leaves_the_run_alone(make_federation, caplog):
