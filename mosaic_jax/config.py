@@ -140,6 +140,7 @@ class ModelAggregation:
     learning_rate: float = 0.01
     # what class-wise weights average; auto: by need
     expert_mode: Literal["auto", "parameters", "logits"] = "auto"
+    global_expert: bool = False  # one expert more: the mean of all clients, each weighted by n_i
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,16 @@
     python -m experiments.accuracy.ablation --config fashion_mnist --set local_update.rounds=12
 
 Every variant of the config shares the stages before its change with the unchanged run, and nothing
-else. The table gives test accuracies in percent, mean and sample standard deviation over seeds. The
-column "change" gives the same for the final student's difference from the unchanged run, taken seed
-by seed.
+else. The table gives accuracies in percent, mean and sample standard deviation over seeds: of the
+test set or, with `--held-out`, of the held-out tenth of the clients' images. The column "change"
+gives the same for the final student's difference from the unchanged run, taken seed by seed.
 """
 
 import re
 import sys
 from pathlib import Path
 
-from experiments.accuracy.branches import adopt_stages, shared_stages
+from experiments.accuracy.branches import add_held_out, adopt_stages, protocol, shared_stages
 from mosaic_jax.parallel import set_up_jax
 from mosaic_jax.sweep import launch
 from mosaic_jax.sweep.launch import GetConfig, Settings
@@ -25,6 +25,7 @@ VARIANTS: dict[str, Settings] = {
     BASE: {},
     "experts average parameters": {"model_aggregation.expert_mode": "parameters"},
     "experts average logits": {"model_aggregation.expert_mode": "logits"},
+    "the global model as one expert more": {"model_aggregation.global_expert": True},
     "adversary: the local model": {"generator_optimization.adversary": "local"},
     "entropy loss, weight 0.1": {"generator_optimization.entropy_weight": 0.1},
     "inversion loss for clients below 150 images": {
@@ -64,6 +65,7 @@ def run_cell(
     seed: int,
     variants: list[str],
     changes: Settings,
+    split: str,
 ) -> list[dict[str, float]]:
     """Run some variants of a level and seed; return the accuracies of each, in percent."""
     rows = []
@@ -74,7 +76,7 @@ def run_cell(
             base = root / f"{level}-{seed}-{slug(BASE)}"
             adopt_stages(base, workdir, shared_stages(variant))
         config = launch.configure(get_config, level, seed, variant, changes)
-        rows.append(launch.run_to_end(config, workdir))
+        rows.append(launch.run_to_end(config, workdir, split))
     return rows
 
 
@@ -99,15 +101,16 @@ def main(argv: list[str]) -> None:
     """Run all variants, print their tables and write them to `ROOT/table.md`."""
     parser = launch.cell_parser(__doc__, "runs/ablation", ["moderate"])
     launch.add_config(parser)
+    add_held_out(parser)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     arguments = parser.parse_args(argv)
     variants = list(dict.fromkeys([BASE, *arguments.variants]))
     arguments.root.mkdir(parents=True, exist_ok=True)
     set_up_jax(clients=1)
-    tables = []
+    tables, (changes, split) = [], protocol(arguments)
     for level in arguments.levels:
         cells = [
-            run_cell(arguments.config, arguments.root, level, seed, variants, dict(arguments.set))
+            run_cell(arguments.config, arguments.root, level, seed, variants, changes, split)
             for seed in arguments.seeds
         ]
         tables.append(table(level, variants, cells))

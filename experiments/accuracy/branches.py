@@ -5,6 +5,7 @@ change some settings. The stages before the first changed section come out the s
 gets their checkpoints. Every run resumes.
 """
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,17 @@ from mosaic_jax.sweep.launch import Settings
 
 HELD_OUT: Settings = {"data.validation_fraction": 0.1, "acceptance.rule": "always"}
 """Settings of runs that settings are chosen by: images that have chosen a model cannot judge it."""
+
+
+def add_held_out(parser: argparse.ArgumentParser) -> None:
+    """Add the flag `--held-out`, see `protocol`."""
+    parser.add_argument("--held-out", action="store_true", help="score held-out images")
+
+
+def protocol(arguments: argparse.Namespace) -> tuple[Settings, str]:
+    """Return the settings of all runs, and the images that score them: "test" or "validation"."""
+    changes = dict(arguments.set)
+    return ({**changes, **HELD_OUT}, "validation") if arguments.held_out else (changes, "test")
 
 
 def shared_stages(changes: Settings) -> tuple[str, ...]:

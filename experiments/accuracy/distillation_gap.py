@@ -19,7 +19,7 @@ by side, start the command once for each, with one level and one seed.
 import sys
 from pathlib import Path
 
-from experiments.accuracy.branches import HELD_OUT, adopt_stages, shared_stages
+from experiments.accuracy.branches import add_held_out, adopt_stages, protocol, shared_stages
 from mosaic_jax.parallel import set_up_jax
 from mosaic_jax.run.metrics import mean_and_std
 from mosaic_jax.sweep import launch
@@ -83,12 +83,11 @@ def main(argv: list[str]) -> None:
     """Run all cells, print the table and write it to `ROOT/table.md`."""
     parser = launch.cell_parser(__doc__, "runs/gap", ["moderate", "severe"])
     launch.add_config(parser, "fashion_mnist")
-    parser.add_argument("--held-out", action="store_true", help="score held-out images")
+    add_held_out(parser)
     arguments = parser.parse_args(argv)
     arguments.root.mkdir(parents=True, exist_ok=True)
     set_up_jax(clients=1)
-    changes = dict(arguments.set) | (dict(HELD_OUT) if arguments.held_out else {})
-    split = "validation" if arguments.held_out else "test"
+    changes, split = protocol(arguments)
     cells = {
         level: [
             run_cell(arguments.config, arguments.root, level, seed, changes, split)

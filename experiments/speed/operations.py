@@ -26,7 +26,7 @@ from mosaic_jax.stages.knowledge_distillation import Student
 from mosaic_jax.stages.local_update import Batch, ClientUpdate
 from mosaic_jax.stages.meta_model import MetaTraining
 from mosaic_jax.stages.stage import State
-from mosaic_jax.stages.teacher import expert_weights
+from mosaic_jax.stages.teacher import experts_of
 
 
 def operations(federation: Federation, state: State) -> dict[str, float]:
@@ -45,7 +45,7 @@ def operations(federation: Federation, state: State) -> dict[str, float]:
     generator, drawing = of_generators(federation, state)
     image = flops(federation.classifier.apply_eval, state["global"], images(federation, 1))
     meta, fusing = of_meta_model(federation, state)
-    teacher = len(expert_weights(counts)[0]) * image + fusing
+    teacher = len(experts_of(federation)[0]) * image + fusing
     settings = federation.config.knowledge_distillation
     batch = settings.images_per_generator * len(counts)
     drawn = batch * draws_per_block(settings) / settings.block_steps

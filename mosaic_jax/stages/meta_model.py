@@ -178,13 +178,15 @@ class TeacherEvaluation:
 
     def __init__(self, federation: Federation):
         experts, fuse = class_expert_logits(federation), fusion(federation)
+        classes = federation.dataset.num_classes
 
         def answers(teacher: Teacher, images: Array) -> dict[str, Array]:
             tokens = experts(teacher, images)
+            of_classes = tokens[:, :classes]
             return {
                 "teacher": fuse(teacher.meta, tokens),
-                "uniform": tokens.mean(axis=1),
-                "experts": tokens.argmax(axis=-1),
+                "uniform": of_classes.mean(axis=1),
+                "experts": of_classes.argmax(axis=-1),
             }
 
         self.federation, self.answers = federation, predictor(federation, answers)
@@ -204,7 +206,7 @@ class TeacherEvaluation:
     def predictions(self, state: State) -> dict[str, np.ndarray]:
         """Return an artifact: the classes predicted for the test images, int16.
 
-        "teacher" and the true "labels" are [test], "experts" is [test, experts].
+        "teacher" and the true "labels" are [test], "experts" is [test, classes].
         """
         dataset = self.federation.dataset
         answers = self.answers(_teacher(state), dataset.test_images)

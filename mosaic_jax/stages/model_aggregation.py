@@ -34,7 +34,7 @@ from mosaic_jax.stages.federated_round import (
 )
 from mosaic_jax.stages.local_update import ClientUpdate, RoundInputs
 from mosaic_jax.stages.stage import Metrics, Stage, State
-from mosaic_jax.stages.teacher import averages_parameters, expert_weights
+from mosaic_jax.stages.teacher import averages_parameters, experts_of
 from mosaic_jax.trees import num_bytes
 from mosaic_jax.types import PyTree, UserError, Variables
 
@@ -110,7 +110,7 @@ def expert_round(federation: Federation) -> ExpertRound:
     update, inputs = _update_and_inputs(federation)
     weights = size_weights(federation)
     if averages_parameters(federation):
-        rows, _ = expert_weights(federation.clients.class_counts)
+        rows, _ = experts_of(federation)
         weights = np.concatenate([weights, rows.T], axis=1)
     return ExpertRound(
         federation=federation,

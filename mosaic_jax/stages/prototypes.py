@@ -24,7 +24,7 @@ from mosaic_jax.data.batches import ClientLists, pack, to_float
 from mosaic_jax.federation import Federation
 from mosaic_jax.stages.cohort import submodel_bytes
 from mosaic_jax.stages.stage import Metrics, Stage, State
-from mosaic_jax.stages.teacher import averages_parameters, expert_weights
+from mosaic_jax.stages.teacher import averages_parameters, experts_of
 from mosaic_jax.types import Array, TrainingImages, Variables
 
 BATCH = 64
@@ -259,7 +259,7 @@ def _traffic(federation: Federation) -> tuple[np.ndarray, np.ndarray]:
     if settings.features == "global":
         download, features = 0, classifier.feature_size()
     elif averages_parameters(federation):
-        members = len(expert_weights(federation.clients.class_counts)[0])
+        members = len(experts_of(federation)[0])
         download = members * trees.num_bytes(classifier.abstract_variables())
         features = members * classifier.feature_size()
     else:

@@ -3,7 +3,8 @@
 Expert c is the mean of the clients' models weighted by how many images of class c each trained on:
 theta_c = sum_i n_ic theta_i / sum_i n_ic. Classes with equal weight rows share one expert, so the
 teacher evaluates `members`, the different models, and `class_expert_logits` says which of their
-logits (or which mean of them) each class's expert has.
+logits (or which mean of them) each class's expert has. With `model_aggregation.global_expert` the
+mean of all clients, each weighted by n_i, is one expert more (not in the paper).
 """
 
 from collections.abc import Callable
@@ -43,22 +44,33 @@ TeacherFunction = Callable[[Teacher, Array], Array]
 """(teacher, images [batch, h, w, c]) -> logits [batch, classes]."""
 
 
-def expert_weights(class_counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of the mixing matrix, and which row each class uses.
+def expert_weights(
+    class_counts: np.ndarray, global_expert: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of the mixing matrix, and which row each expert uses.
 
     Args:
       class_counts: images n_ic, [clients, classes].
+      global_expert: whether the mean of all clients is one expert more, the last.
 
     Returns:
-      Different weight rows, float32 [experts, clients], each summing to 1, and int32 [classes].
-      A class nobody holds gets the global mean's row.
+      Different weight rows, float32 [members, clients], each summing to 1, and int32 [experts], one
+      a class. A class nobody holds gets the global mean's row.
     """
-    held = class_counts.sum(axis=0) > 0
-    shares = np.where(held, class_counts, class_counts.sum(axis=1, keepdims=True))
-    shares = shares.astype(np.float64)
+    sizes = class_counts.sum(axis=1, keepdims=True)
+    shares = np.where(class_counts.sum(axis=0) > 0, class_counts, sizes).astype(np.float64)
+    if global_expert:
+        shares = np.concatenate([shares, sizes], axis=1)
     shares /= shares.sum(axis=0)
     rows, assignment = np.unique(shares.T.astype(np.float32), axis=0, return_inverse=True)
     return rows, assignment.reshape(-1).astype(np.int32)
+
+
+def experts_of(federation: Federation) -> tuple[np.ndarray, np.ndarray]:
+    """Return the federation's `expert_weights`."""
+    return expert_weights(
+        federation.clients.class_counts, federation.config.model_aggregation.global_expert
+    )
 
 
 def averages_parameters(federation: Federation) -> bool:
@@ -89,11 +101,11 @@ def member_logits(federation: Federation) -> Callable[[Variables, Array], Array]
 
 
 def mixture(federation: Federation) -> Callable[[Array], Array]:
-    """Return the map from members' to experts' logits, one expert a class.
+    """Return the map from members' to experts' logits.
 
     Logits [..., members, classes] become [..., experts, classes].
     """
-    rows, assignment = expert_weights(federation.clients.class_counts)
+    rows, assignment = experts_of(federation)
     if averages_parameters(federation):
         return lambda logits: logits[..., assignment, :]
     mixing = rows[assignment]
@@ -101,13 +113,13 @@ def mixture(federation: Federation) -> Callable[[Array], Array]:
 
 
 def class_expert_logits(federation: Federation) -> TeacherFunction:
-    """Return `(teacher, images) -> logits [batch, experts, classes]` of every class's expert."""
+    """Return `(teacher, images) -> logits [batch, experts, classes]`; experts come by class."""
     logits, mix = member_logits(federation), mixture(federation)
     return lambda teacher, images: mix(logits(teacher.members, images))
 
 
 def build_meta_model(federation: Federation) -> MetaModel:
-    """Build the meta model for as many experts as there are classes.
+    """Build the meta model for one expert a class, and the global one if there is one.
 
     Raises:
       UserError: its heads do not divide its width.
@@ -120,7 +132,7 @@ def build_meta_model(federation: Federation) -> MetaModel:
         )
     return MetaModel(
         num_classes=classes,
-        experts=classes,
+        experts=classes + federation.config.model_aggregation.global_expert,
         width_per_class=settings.width_per_class,
         heads=settings.heads or None,
         feedforward=settings.feedforward,
@@ -174,8 +186,8 @@ def _in_chunks(model: MetaModel) -> Callable[[PyTree, Array], Array]:
 
 def uniform_logits(federation: Federation) -> TeacherFunction:
     """Return the plain ensemble: the mean of all class experts' logits (as in DENSE and DFRD)."""
-    experts = class_expert_logits(federation)
-    return lambda teacher, images: experts(teacher, images).mean(axis=1)
+    experts, classes = class_expert_logits(federation), federation.dataset.num_classes
+    return lambda teacher, images: experts(teacher, images)[:, :classes].mean(axis=1)
 
 
 def per_class_logits(federation: Federation) -> TeacherFunction:

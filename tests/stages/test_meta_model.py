@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mosaic_jax import parallel
+from mosaic_jax import methods, parallel
 from mosaic_jax import settings as reader
 from mosaic_jax.data.batches import to_float
 from mosaic_jax.federation import build_federation
@@ -16,7 +16,7 @@ from mosaic_jax.stages.prototypes import Prototypes
 from mosaic_jax.stages.teacher import Teacher, expert_weights
 from mosaic_jax.types import Dataset
 from tests.helpers import assert_close, assert_same, differ, member
-from tests.stages.unequal import COUNTS
+from tests.stages.unequal import COUNTS, SETTINGS, unequal
 
 RANDOM = np.random.default_rng(0)
 
@@ -85,6 +85,25 @@ def test_with_expert_embeddings_the_meta_model_finds_the_expert_to_trust():
     rows, _ = expert_weights(federation.clients.class_counts)
     assert len(rows) == CLASSES
     assert toy_accuracy(federation, right=2) > 0.97
+
+
+def test_a_global_expert_joins_the_teacher_and_leaves_the_plain_ensemble_alone(states):
+    federation = unequal(**SETTINGS, **{"model_aggregation.global_expert": True})
+    state = states["local_update"]
+    for stage in methods.stages("mosaic", federation):
+        if stage.name in ("model_aggregation", "prototypes", "meta_model"):
+            state = stage.run(state)
+    found = meta_model.TeacherEvaluation(federation).evaluate(state)
+    plain = meta_model.TeacherEvaluation(unequal(**SETTINGS)).evaluate(states["meta_model"])
+    for name in plain:
+        if name.startswith("uniform"):
+            assert found[name] == plain[name]
+    assert state["meta"]["params"]["expert_embedding"].shape[0] == 11
+    images = federation.dataset.test_images[:5]
+    tokens = teachers.class_expert_logits(federation)(Teacher(state["experts"]), to_float(images))
+    assert tokens.shape == (5, 11, 10)
+    logits = federation.classifier.apply_eval(state["global"], to_float(images)).logits
+    np.testing.assert_allclose(tokens[:, 10], logits, atol=1e-3)
 
 
 def test_the_teacher_is_the_average_of_the_meta_models_weights_without_its_start():

@@ -104,6 +104,17 @@ def test_one_holder_for_each_class_leaves_as_many_experts_as_holders():
     assert assignment[6] == assignment[7]
 
 
+def test_the_global_expert_is_one_more_and_weighs_clients_by_all_their_images():
+    rows, assignment = expert_weights(COUNTS, global_expert=True)
+    plain_rows, plain_assignment = expert_weights(COUNTS)
+    assert len(assignment) == 11
+    np.testing.assert_array_equal(rows[assignment[:10]], plain_rows[plain_assignment])
+    np.testing.assert_allclose(rows[assignment[10]], np.array([5, 33, 31]) / 69, rtol=1e-6)
+    assert assignment[10] == assignment[9]  # nobody holds class 9
+    rows, _ = expert_weights(np.array([[3, 1], [1, 1]]), global_expert=True)
+    assert len(rows) == 3
+
+
 @pytest.mark.parametrize("factor", [2, 7, 1000])
 def test_scaling_all_counts_changes_no_weight(factor):
     rows, assignment = expert_weights(COUNTS)

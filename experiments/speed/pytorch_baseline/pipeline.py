@@ -38,6 +38,7 @@ def refuse_what_is_not_built(config: Config) -> None:
     generators = config.generator_optimization
     built = {
         "model.name": (config.model.name, ("resnet8", "resnet18", "cnn", "lenet")),
+        "model_aggregation.global_expert": (config.model_aggregation.global_expert, (False,)),
         "prototypes.features": (config.prototypes.features, ("experts",)),
         "knowledge_distillation.images": (config.knowledge_distillation.images, ("generated",)),
         "generator_optimization.adversary": (generators.adversary, ("dcgan",)),

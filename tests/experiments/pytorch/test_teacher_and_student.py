@@ -236,6 +236,7 @@ def test_distillation_on_a_pool(distillation, record, request):
     ("setting", "value"),
     [
         ("model.name", "resnet50"),
+        ("model_aggregation.global_expert", True),
         ("prototypes.features", "global"),
         ("knowledge_distillation.images", "real"),
         ("generator_optimization.adversary", "local"),
