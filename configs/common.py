@@ -30,7 +30,7 @@ COLOUR_GENERATORS = {
     "generator_optimization.upsampling": "nearest",
     "generator_optimization.class_weight": 0.5,
     "generator_optimization.diversity_weight": 0.0,
-    "generator_optimization.inversion_threshold": None,
+    "generator_optimization.inversion_threshold": 1_000_000_000,  # all clients
     "generator_optimization.inversion_weight": 0.03,
 }
 """How the generators of colour images are trained (docs/decisions.md)."""

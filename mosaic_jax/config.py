@@ -166,8 +166,7 @@ class GeneratorOptimization:
     diversity_weight: float = 1.0
     inversion_weight: float = 0.01
     class_weight: float = 0.5  # of f0's cross-entropy on the class drawn, if conditional
-    # tau: clients with fewer images use the inversion loss; None: all do
-    inversion_threshold: Annotated[int | None, MAY_BE_ZERO] = 0
+    inversion_threshold: Count = 0  # tau: clients with fewer images use the inversion loss
     frozen_every: int = 1  # steps between gradients of the four losses above, scaled up by it
     shift: Count = 3  # pixels; the same random shift and brightness on real and fake batches
     brightness: float = 0.2

@@ -4,6 +4,7 @@ Parses flags, sets up devices and the compilation cache, says what will run, run
 bar, and ends with the result table and figures. Everything it calls can be imported and called.
 """
 
+import dataclasses
 import os
 import shlex
 import signal
@@ -79,6 +80,9 @@ def _start(argv: list[str]) -> None:
 
 def _plan(config: Config, workdir: Path, console: Console) -> None:
     """Say what would run, and measure how long it takes, without a work directory."""
+    # Two blocks leave generators that are unusable, and a run distils with good ones.
+    generators = dataclasses.replace(config.generator_optimization, unusable="use")
+    config = dataclasses.replace(config, generator_optimization=generators)
     with tempfile.TemporaryDirectory() as folder:
         federation = load_federation(config).offloading_to(Path(folder))
         stages = methods.stages(config.method, federation)

@@ -54,6 +54,8 @@ DCGAN = recipe(
     inversion_threshold=0,
     inversion_weight=0.01,
 )
+"""The reference's generators, as the PyTorch baseline has them."""
+
 PROJECTED = recipe(
     adversary="projected",
     adversary_width=32,
@@ -61,13 +63,13 @@ PROJECTED = recipe(
     upsampling="nearest",
     class_weight=0.5,
     diversity_weight=0.0,
-    inversion_threshold=None,
+    inversion_threshold=1_000_000_000,  # all clients
     inversion_weight=0.03,
     frozen_every=1,
 )
 RECIPES: dict[str, Settings] = {
     "projected": PROJECTED,
-    "dcgan": DCGAN,
+    "dcgan": {**DCGAN, **recipe(adversary_width=16, frozen_every=4)},
     "projected, transposed convolutions": {**PROJECTED, **recipe(upsampling="transposed")},
     "projected, unconditional": {**PROJECTED, **recipe(conditional=False)},
     "projected, no inversion loss": {**PROJECTED, **recipe(inversion_weight=0.0)},

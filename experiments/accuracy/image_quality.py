@@ -50,7 +50,7 @@ class Judge:
         clients, dataset = self.federation.clients, self.federation.dataset
         found: dict[str, list[float]] = {"frechet": [], "overlap": []}
         for client, images in enumerate(generated):
-            own = clients.indices[client][:IMAGES]
+            own = np.random.default_rng(client).permutation(clients.indices[client])[:IMAGES]
             seen, real = self.outputs(images), self.outputs(dataset.train_images[own])
             found["frechet"].append(frechet_distance(seen.features, real.features))
             counts = clients.class_counts[client]

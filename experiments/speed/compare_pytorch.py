@@ -48,6 +48,7 @@ SCHEDULE = {
     "local_update.rounds": 2,
     "generator_optimization.steps": 50,
     "generator_optimization.block_steps": 50,
+    "generator_optimization.unusable": "use",
     "meta_model.steps": 300,
     "knowledge_distillation.steps": 20,
     "knowledge_distillation.block_steps": 20,

@@ -21,6 +21,7 @@ SHORT = {
     "model_aggregation.steps": 2,
     "generator_optimization.steps": 20,
     "generator_optimization.block_steps": 10,
+    "generator_optimization.unusable": "use",
     "meta_model.steps": 20,
     "knowledge_distillation.steps": 10,
     "knowledge_distillation.block_steps": 5,

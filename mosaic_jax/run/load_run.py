@@ -70,7 +70,7 @@ class LoadedRun:
         return self._teacher_logits(self._teacher(), self._checked(images))
 
     def experts(self, images: np.ndarray) -> np.ndarray:
-        """Return the logits of every class's expert, [n, experts, classes].
+        """Return the logits of every class's expert, and the global one, [n, experts, classes].
 
         Raises:
           UserError: the run has no experts (yet).

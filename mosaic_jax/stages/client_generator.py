@@ -84,7 +84,8 @@ class ClientGenerator:
     def averaged(self, carry: GeneratorState) -> PyTree:
         """Return the debiased average of the weights."""
         average = carry.average
-        return optax.tree.bias_correction(average.ema, self.settings.ema, average.count)
+        count = jnp.maximum(average.count, 1)  # 0 where every block was taken back
+        return optax.tree.bias_correction(average.ema, self.settings.ema, count)
 
     def recompute_batch_stats(
         self, carry: GeneratorState, key: Array, client: GeneratorClient
@@ -111,14 +112,15 @@ class ClientGenerator:
     ) -> tuple[GeneratorState, dict[str, Array]]:
         """Make `block_steps` steps; return mean diagnostics, and the images' `distance`.
 
-        The last block of the stage recomputes the batch statistics. A block that ends in NaN is
-        taken back; "taken_back" is then 1 and the other diagnostics are 0.
+        The last block of the stage recomputes the batch statistics. Steps that end in NaN are taken
+        back; "taken_back" is then 1 and the other diagnostics are 0.
         """
         client, before = pair
         steps = inputs.first_step + jnp.arange(self.settings.block_steps)
-        carry, diagnostics = jax.lax.scan(
+        after, every = jax.lax.scan(
             lambda carry, step: self.step(inputs, client, carry, step), before, steps
         )
+        carry, diagnostics = unless_diverged(before, after, jax.tree.map(jnp.mean, every))
         key = rng.fold(inputs.key, client.lists.id, steps[-1], 6)
         is_last = steps[-1] + 1 == self.settings.steps
         statistics = jax.lax.cond(
@@ -126,10 +128,9 @@ class ClientGenerator:
             lambda: self.recompute_batch_stats(carry, key, client),
             lambda: carry.ema_batch_stats,
         )
-        carry = carry.replace(
-            distance=self.distance(inputs, client, carry, key), ema_batch_stats=statistics
-        )
-        return unless_diverged(before, carry, jax.tree.map(jnp.mean, diagnostics))
+        distance = self.distance(inputs, client, carry, key)
+        carry = carry.replace(distance=distance, ema_batch_stats=statistics)
+        return carry, diagnostics | {"distance": distance}
 
     def distance(
         self, inputs: GeneratorInputs, client: GeneratorClient, carry: GeneratorState, key: Array

@@ -78,10 +78,8 @@ class Upload(struct.PyTreeNode):
     generator: Variables
 
 
-def sampler(federation: Federation, images: int) -> Callable[..., Array]:
+def sampler(federation: Federation, images: int) -> Callable[[Variables, Array, Array], Array]:
     """Return `(generators [n, ...], key, ids [n]) -> images [n, images, h, w, c]` in [-1, 1].
-
-    A fourth argument, `owners` [n], says whose generators they are where others stand in.
 
     Each generator draws with its client's own key, and a conditional one as often each class as its
     client holds it, which the server knows of the experts.
@@ -95,11 +93,8 @@ def sampler(federation: Federation, images: int) -> Callable[..., Array]:
 
     mapped = federation.layout.map_clients(of_client)
 
-    def draw(
-        generators: Variables, key: Array, client_ids: Array, owners: Array | None = None
-    ) -> Array:
-        owners = client_ids if owners is None else owners
-        of_clients = jnp.asarray(counts, jnp.float32)[owners]
+    def draw(generators: Variables, key: Array, client_ids: Array) -> Array:
+        of_clients = jnp.asarray(counts, jnp.float32)[client_ids]
         return cast(Array, mapped(key, Upload(of_clients, client_ids, generators)))
 
     return draw
@@ -121,21 +116,39 @@ def images_per_generator(sizes: np.ndarray, batch: int) -> np.ndarray:
     return counts + 1
 
 
+class Shares(struct.PyTreeNode):
+    """How a batch is divided among the usable generators.
+
+    Attributes:
+      image_in_stratum: which of its stratum's images each image of a batch is, int32 [batch].
+      image_stratum: the stratum of each image, int32 [batch].
+      log_sizes: log n_i of the clients of each stratum, float32 [strata, clients of a stratum];
+        -inf of an unusable generator's client.
+    """
+
+    image_in_stratum: Array | np.ndarray
+    image_stratum: Array | np.ndarray
+    log_sizes: Array | np.ndarray
+
+
 class Ensemble:
     """Batches of generated images, divided by the clients' numbers of images n_i.
 
     In the reference every generator has the same share, so a generator trained on 60 images weighs
     as much as one trained on 1,500. With many clients, sampling is stratified: clients are split
     into contiguous strata, and one generator a stratum, drawn in proportion to n_i, produces that
-    stratum's images. So a stratum's generators stay on their device.
+    stratum's images. So a stratum's generators stay on their device. Unusable generators have no
+    share; a stratum that has no other draws images that nobody is shown.
 
     Args:
       federation: clients and generators.
       images: of each sampled generator, on average.
 
     Attributes:
+      everyone: the shares where all generators are usable.
       num_strata: how many generators a step samples.
-      image_stratum: the stratum of each image of a batch, int [batch].
+      most: images that each of them draws. If others are unusable, a share may be larger; it then
+        has images twice.
 
     Raises:
       UserError: a number of strata that does not divide the clients.
@@ -143,16 +156,32 @@ class Ensemble:
 
     def __init__(self, federation: Federation, images: int):
         self.federation, self.num_strata = federation, generators_per_step(federation)
-        sizes = federation.clients.sizes.reshape(self.num_strata, -1)
-        self.log_sizes = np.log(sizes).astype(np.float32)
-        counts = images_per_generator(sizes.sum(axis=1), images * self.num_strata)
-        self.image_stratum = np.repeat(np.arange(self.num_strata), counts)
-        self.image_in_stratum = np.concatenate([np.arange(count) for count in counts])
-        self.most = int(counts.max())
+        self.sizes = federation.clients.sizes.reshape(self.num_strata, -1)
+        self.batch = images * self.num_strata
+        self.most = int(images_per_generator(self.sizes.sum(axis=1), self.batch).max())
+        self.everyone = self.shares(np.ones(federation.num_clients, bool))
 
-    def sample_clients(self, key: Array) -> Array:
+    def shares(self, usable: np.ndarray) -> Shares:
+        """Divide a batch among usable generators, bool [clients], of which there is one at least.
+
+        A stratum's share is in proportion to the images of its usable generators' clients.
+        """
+        sizes = np.where(usable.reshape(self.sizes.shape), self.sizes, 0)
+        some, counts = sizes.sum(axis=1) > 0, np.zeros(self.num_strata, np.int32)
+        counts[some] = images_per_generator(sizes.sum(axis=1)[some], self.batch)
+        with np.errstate(divide="ignore"):
+            log_sizes = np.log(np.where(some[:, None], sizes, self.sizes))
+        return Shares(
+            image_in_stratum=np.concatenate(
+                [np.arange(count, dtype=np.int32) % self.most for count in counts]
+            ),
+            image_stratum=np.repeat(np.arange(self.num_strata, dtype=np.int32), counts),
+            log_sizes=log_sizes.astype(np.float32),
+        )
+
+    def sample_clients(self, key: Array, shares: Shares) -> Array:
         """Sample the clients of a step: int [num_strata], one of each stratum."""
-        stratum_size = self.log_sizes.shape[1]
+        stratum_size = self.sizes.shape[1]
         strata = jnp.arange(self.num_strata)
         if stratum_size == 1:
             return strata
@@ -160,14 +189,14 @@ class Ensemble:
         def one_of(stratum: Array, log_sizes: Array) -> Array:
             return jax.random.categorical(rng.fold(key, stratum, 1), log_sizes)
 
-        return strata * stratum_size + jax.vmap(one_of)(strata, jnp.asarray(self.log_sizes))
+        return strata * stratum_size + jax.vmap(one_of)(strata, jnp.asarray(shares.log_sizes))
 
     def take(self, generators: Variables, client_ids: Array) -> Variables:
         """Take the sampled clients' generators [num_strata, ...] of all [clients, ...].
 
         Every device indexes its own strata, so no generator moves between devices.
         """
-        stratum_size = self.log_sizes.shape[1]
+        stratum_size = self.sizes.shape[1]
         if stratum_size == 1:
             return generators
         strata = jax.tree.map(
@@ -181,15 +210,10 @@ class Ensemble:
         mapped = self.federation.layout.map_clients(pick)
         return cast(Variables, mapped((), (client_ids % stratum_size, strata)))
 
-    def draw(
-        self, generators: Variables, client_ids: Array, key: Array, owners: Array | None = None
-    ) -> Array:
-        """Draw images [batch, h, w, c] from the sampled clients' generators [num_strata, ...].
-
-        `owners` [num_strata] says whose they are, where another's stands in for a client's.
-        """
-        images = sampler(self.federation, self.most)(generators, key, client_ids, owners)
-        return images[self.image_stratum, self.image_in_stratum]
+    def draw(self, generators: Variables, client_ids: Array, key: Array, shares: Shares) -> Array:
+        """Draw images [batch, h, w, c] from the sampled clients' generators [num_strata, ...]."""
+        images = sampler(self.federation, self.most)(generators, key, client_ids)
+        return images[shares.image_stratum, shares.image_in_stratum]
 
 
 def generators_per_step(federation: Federation) -> int:

@@ -1,9 +1,8 @@
 """Which generators are good enough to teach by, judged by their own clients (not in the paper).
 
 A client compares images of its generator with its own, in the features of its frozen model f0, and
-sends one number. Beyond `generator_optimization.max_distance` a generator is unusable: another
-client's, with classes as alike as can be, draws its images. Without any usable generator there is
-no distillation.
+sends one number. Beyond `generator_optimization.max_distance` a generator is unusable, and the
+others draw its images. Without any usable generator there is no distillation.
 """
 
 import logging
@@ -23,7 +22,7 @@ JUDGED = 128
 """Number of images, generated and real, that a client compares."""
 
 FAR = 1e9
-"""The largest distance, and that of a generator whose last block ended in NaN."""
+"""The largest distance."""
 
 TINY = 1e-9
 """Added to the variance of real images, which may all be equal."""
@@ -40,27 +39,24 @@ def relative_distance(fake: Array, real: Array) -> Array:
     """
     means, deviations = ([of(each, axis=0) for each in (fake, real)] for of in (jnp.mean, jnp.std))
     apart = jnp.square(means[0] - means[1]).sum() + jnp.square(deviations[0] - deviations[1]).sum()
-    return jnp.minimum(apart / (jnp.square(deviations[1]).sum() + TINY), FAR)
+    distance = apart / (jnp.square(deviations[1]).sum() + TINY)
+    return jnp.where(jnp.isfinite(distance), jnp.minimum(distance, FAR), FAR)
 
 
 def unless_diverged(
     before: GeneratorState, after: GeneratorState, diagnostics: dict[str, Array]
 ) -> tuple[GeneratorState, dict[str, Array]]:
-    """Return what a block leaves or, if it ended in NaN, what it began with and zeros.
+    """Return what steps leave or, if they ended in NaN, what they began with and zeros.
 
-    The diagnostics get "distance", and "taken_back", which is 1 if the block ended in NaN.
+    The diagnostics get "taken_back", which is 1 if the steps ended in NaN.
     """
     leaves = jax.tree.leaves((after, diagnostics))
     finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+    nothing = jax.tree.map(jnp.zeros_like, diagnostics)
     carry, diagnostics = jax.lax.cond(
-        finite,
-        lambda: (after, diagnostics),
-        lambda: (
-            before.replace(distance=jnp.float32(FAR)),
-            jax.tree.map(jnp.zeros_like, diagnostics),
-        ),
+        finite, lambda: (after, diagnostics), lambda: (before, nothing)
     )
-    return carry, diagnostics | {"distance": carry.distance, "taken_back": 1.0 - finite}
+    return carry, diagnostics | {"taken_back": 1.0 - finite}
 
 
 def inspect(metrics: Metrics, is_last: bool, settings: GeneratorOptimization) -> None:
@@ -78,39 +74,21 @@ def inspect(metrics: Metrics, is_last: bool, settings: GeneratorOptimization) ->
         far, what = ids[np.asarray(metrics["taken_back"]) > 0], "a block of steps ended in NaN"
     if not len(far):
         return
-    named = [f"client {client}" for client in far[:NAMED]]
+    distances = dict(zip(ids.tolist(), np.asarray(metrics["distance"]), strict=True))
+    named = [f"client {client} ({distances[client]:.2g})" for client in far[:NAMED]]
     more = [f"{len(far) - NAMED} more"] if len(far) > NAMED else []
     text = f"generators of {', '.join([*named, *more])}: {what}"
     if settings.unusable == "stop":
         raise UserError(
-            f"{text}; train longer, at a smaller learning rate, or set "
+            f"{text}; train longer, at a smaller learning rate, or in a new work directory with "
             "generator_optimization.unusable = 'leave_out'"
         )
     done = {"leave_out": "left out", "use": "used all the same"}[settings.unusable]
     log.warning("%s; %s", text, done if is_last else "the next one starts again from before it")
 
 
-def substitutes(
-    distances: np.ndarray, class_counts: np.ndarray, settings: GeneratorOptimization
-) -> np.ndarray | None:
-    """Return for each client whose generator draws its images, int [clients].
-
-    It is its own or, if that is unusable and left out, the usable one of the client whose class
-    shares are most alike. None if no generator is usable.
-
-    Args:
-      distances: of the generators' images, float [clients].
-      class_counts: images n_ic, int [clients, classes].
-      settings: of the generators.
-    """
-    own = np.arange(len(distances), dtype=np.int32)
-    usable = ~(distances > settings.max_distance)
-    if usable.all() or settings.unusable == "use":
-        return own
-    if not usable.any():
-        return None
-    shares = class_counts / class_counts.sum(axis=1, keepdims=True)
-    directions = shares / np.linalg.norm(shares, axis=1, keepdims=True)
-    alike = directions[~usable] @ directions[usable].T
-    own[~usable] = own[usable][alike.argmax(axis=1)]
-    return own
+def usable_clients(distances: np.ndarray, settings: GeneratorOptimization) -> np.ndarray:
+    """Return whose generators may teach, by their images' distances [clients]: bool [clients]."""
+    if settings.unusable == "use":
+        return np.ones(len(distances), bool)
+    return np.asarray(distances) <= settings.max_distance

@@ -75,8 +75,7 @@ class FrozenLosses:
     def __init__(self, federation: Federation):
         self.module = federation.classifier.module
         self.settings = settings = federation.config.generator_optimization
-        threshold = settings.inversion_threshold
-        self.uses_inversion = threshold != 0 and bool(settings.inversion_weight)
+        self.uses_inversion = bool(settings.inversion_threshold and settings.inversion_weight)
         if self.uses_inversion:
             variables, name = (
                 federation.classifier.abstract_variables(),
@@ -111,7 +110,6 @@ class FrozenLosses:
                 loss += weights["class_weight"] * each.mean()
             diagnostics["class_match"] = (seen.logits.argmax(axis=-1) == labels).mean()
         if self.uses_inversion:
-            tau = settings.inversion_threshold
-            is_small = True if tau is None else client.lists.size < tau
+            is_small = client.lists.size < settings.inversion_threshold
             loss += jnp.where(is_small, weights["inversion_weight"], 0.0) * seen.inversion
         return loss, diagnostics

@@ -42,8 +42,7 @@ class GeneratorState(struct.PyTreeNode):
       adversary: variables of the adversary.
       adversary_optimizer: Adam's state.
       average: state of the exponential moving average of the generator's weights.
-      distance: of generated from real images after the last block, float32 []; `FAR` if
-        it ended in NaN.
+      distance: of generated from real images after the last block, float32 [].
       frozen: f0, where there are several waves; it then rests here between blocks.
       generator: variables of the generator.
       generator_optimizer: Adam's state.

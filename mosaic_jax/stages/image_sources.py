@@ -17,7 +17,7 @@ from mosaic_jax.data.batches import to_float
 from mosaic_jax.federation import Federation
 from mosaic_jax.parallel import offload
 from mosaic_jax.stages.generator_ensemble import Ensemble, log_class_prior
-from mosaic_jax.stages.generator_judgement import substitutes
+from mosaic_jax.stages.generator_judgement import usable_clients
 from mosaic_jax.stages.generator_optimization import check_room
 from mosaic_jax.stages.image_pool import draws_per_block
 from mosaic_jax.stages.stage import State
@@ -48,53 +48,48 @@ class ImageSource(Protocol):
 
 
 class GeneratedImages:
-    """Images of the ensemble of generators, each with its client's class prior.
-
-    Where a client's generator is unusable, another's draws its share of the images.
-    """
+    """Images of the ensemble of usable generators, each with its client's class prior."""
 
     def __init__(self, federation: Federation):
         settings = federation.config.knowledge_distillation
         self.layout, self.draws = federation.layout, draws_per_block(settings)
-        self.ensemble = Ensemble(federation, settings.images_per_generator)
-        self.sample_clients = self.layout.jit(jax.vmap(self.ensemble.sample_clients))
-        self.log_prior, self.counts = class_prior(federation), federation.clients.class_counts
         self.generator_settings = federation.config.generator_optimization
-        self.stand_in = self.layout.jit(
-            lambda generators, owners: self.layout.shard_clients(trees.take(generators, owners))
+        self.ensemble = Ensemble(federation, settings.images_per_generator)
+        self.sample_clients = self.layout.jit(
+            jax.vmap(self.ensemble.sample_clients, in_axes=(0, None))
         )
+        self.log_prior = class_prior(federation)
         check_room(federation, self.ensemble.num_strata * self.draws)
 
     def prepare(self, state: State, key: Array, first: int) -> PyTree:
         """Return all generators or, if they are offloaded, those of each of the block's draws."""
-        generators, owners = state["generators"], self.owners(state)
-        if owners is None:
+        generators, usable = state["generators"], self.usable(state)
+        if not usable.any():
             return None
-        on_devices = self.layout.put_replicated(owners)
+        shares = self.layout.put_replicated(self.ensemble.shares(usable))
         if not offload.is_offloaded(generators):
-            if (owners != np.arange(len(owners))).any():
-                generators = self.stand_in(generators, on_devices)
-            return {"all": generators, "owners": on_devices}
+            return {"all": generators, "shares": shares}
         draws = np.arange(first, first + self.draws)
-        ids = np.asarray(self.sample_clients(jax.vmap(lambda draw: rng.fold(key, draw))(draws)))
-        of_draws = self.layout.put_replicated(trees.take(generators, owners[ids]))
-        return {"of_draws": of_draws, "owners": on_devices}
+        keys = jax.vmap(lambda draw: rng.fold(key, draw))(draws)
+        ids = np.asarray(self.sample_clients(keys, shares))
+        of_draws = self.layout.put_replicated(trees.take(generators, ids))
+        return {"of_draws": of_draws, "shares": shares}
 
-    def owners(self, state: State) -> np.ndarray | None:
-        """Return for each client whose generator draws its images, int32 [clients], if any can."""
-        distances = np.asarray(self.layout.to_host(state["distances"]))
-        return substitutes(distances, self.counts, self.generator_settings)
+    def usable(self, state: State) -> np.ndarray:
+        """Return whose generators may teach, bool [clients]."""
+        distances = self.layout.to_host(state["distances"])
+        return usable_clients(np.asarray(distances), self.generator_settings)
 
     def sample(self, prepared: PyTree, key: Array, index: Array) -> tuple[Array, Array]:
         """Draw images of this draw's generators."""
-        client_ids = self.ensemble.sample_clients(key)
+        shares = prepared["shares"]
+        client_ids = self.ensemble.sample_clients(key, shares)
         if "of_draws" in prepared:
             generators = trees.take(prepared["of_draws"], index)
         else:
             generators = self.ensemble.take(prepared["all"], client_ids)
-        owners = prepared["owners"][client_ids]
-        prior = jnp.asarray(self.log_prior)[owners][self.ensemble.image_stratum]
-        return self.ensemble.draw(generators, client_ids, key, owners), prior
+        prior = jnp.asarray(self.log_prior)[client_ids][shares.image_stratum]
+        return self.ensemble.draw(generators, client_ids, key, shares), prior
 
 
 class AveragedGenerator(GeneratedImages):
@@ -106,12 +101,12 @@ class AveragedGenerator(GeneratedImages):
 
     def prepare(self, state: State, key: Array, first: int) -> PyTree:
         """Return the mean of the usable generators in every client's place."""
-        owners, own = self.owners(state), np.arange(len(self.sizes), dtype=np.int32)
-        if owners is None:
+        usable = self.usable(state)
+        if not usable.any():
             return None
-        weights = np.where(owners == own, self.sizes, 0).astype(np.float32)
-        weights, own = self.layout.put_replicated((weights, own))
-        return {"all": self.average(state["generators"], weights), "owners": own}
+        weights = np.where(usable, self.sizes, 0).astype(np.float32)
+        weights, shares = self.layout.put_replicated((weights, self.ensemble.everyone))
+        return {"all": self.average(state["generators"], weights), "shares": shares}
 
 
 class RealImages:

@@ -50,7 +50,7 @@ def pair(workdir, devices, *changes) -> list[subprocess.Popen]:
 
 def ended(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
     """Exit status, output and errors of each."""
-    outputs = [process.communicate(timeout=280) for process in processes]
+    outputs = [process.communicate(timeout=500) for process in processes]
     return [(p.returncode, *texts) for p, texts in zip(processes, outputs, strict=True)]
 
 

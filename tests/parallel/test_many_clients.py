@@ -35,13 +35,33 @@ def ensemble(make_federation):
     return generator_ensemble.Ensemble(make_federation(**MANY), 4)
 
 
+def many_draws(ensemble, shares):
+    """The clients of 4,000 steps, [4000, strata]."""
+    draw = jax.jit(jax.vmap(ensemble.sample_clients, in_axes=(0, None)))
+    return draw(jax.random.split(KEY, 4000), shares)
+
+
+def test_clients_of_unusable_generators_are_not_asked(ensemble):
+    """Of stratum 0 client 1 alone, of stratum 1 nobody, whose images nobody is shown then."""
+    usable = np.array([False, True, False, False, False, False])
+    shares = ensemble.shares(usable)
+    draws = np.asarray(many_draws(ensemble, shares))
+    assert (draws[:, 0] == 1).all()
+    assert set(draws[:, 1]) == {3, 4, 5}
+    np.testing.assert_array_equal(shares.image_stratum, np.zeros(8))
+    assert len(shares.image_in_stratum) == 8
+    assert set(shares.image_in_stratum) == set(range(ensemble.most))
+
+
 def test_a_step_asks_one_client_of_each_block_in_proportion_to_its_images(ensemble):
-    draws = jax.jit(jax.vmap(ensemble.sample_clients))(jax.random.split(KEY, 4000))
+    draws = many_draws(ensemble, ensemble.everyone)
     sizes = ensemble.federation.clients.sizes.reshape(2, 3)
     found = np.stack([np.bincount(np.asarray(draws)[:, b] - 3 * b, minlength=3) for b in (0, 1)])
     assert found.shape == (2, 3)
     np.testing.assert_allclose(found / 4000, sizes / sizes.sum(axis=1, keepdims=True), atol=0.03)
-    one, same, other = (ensemble.sample_clients(key) for key in (KEY, KEY, jax.random.key(5)))
+    one, same, other = (
+        ensemble.sample_clients(key, ensemble.everyone) for key in (KEY, KEY, jax.random.key(5))
+    )
     np.testing.assert_array_equal(one, same)
     assert (np.asarray(draws) != draws[0]).any()
     assert other.shape == (2,)
@@ -50,7 +70,7 @@ def test_a_step_asks_one_client_of_each_block_in_proportion_to_its_images(ensemb
 def test_blocks_share_a_batch_by_their_images(ensemble):
     sizes = ensemble.federation.clients.sizes.reshape(2, 3).sum(axis=1)
     expected = generator_ensemble.images_per_generator(sizes, 8)
-    np.testing.assert_array_equal(np.bincount(ensemble.image_stratum), expected)
+    np.testing.assert_array_equal(np.bincount(ensemble.everyone.image_stratum), expected)
 
 
 def test_the_chosen_clients_generators_draw_with_their_own_keys(ensemble):
@@ -60,10 +80,11 @@ def test_the_chosen_clients_generators_draw_with_their_own_keys(ensemble):
     clients = jnp.array([1, 5])
     chosen = ensemble.take(generators, clients)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[clients]), chosen, generators)
-    images = ensemble.draw(chosen, clients, KEY)
+    shares = ensemble.everyone
+    images = ensemble.draw(chosen, clients, KEY, shares)
     every = generator_ensemble.sampler(ensemble.federation, ensemble.most)
     all_images = every(generators, KEY, jnp.arange(6))
-    expected = all_images[clients][ensemble.image_stratum, ensemble.image_in_stratum]
+    expected = all_images[clients][shares.image_stratum, shares.image_in_stratum]
     np.testing.assert_allclose(images, expected, atol=1e-5)
 
 
@@ -214,7 +235,10 @@ def test_a_stack_on_disk_keeps_its_rows(tmp_path):
 def test_a_block_reads_the_generators_it_draws_from_off_the_disk(
     make_federation, tmp_path, passes, draws
 ):
-    federation = make_federation(**MANY, **{"knowledge_distillation.pool_passes": passes})
+    left_out = {"generator_optimization.unusable": "leave_out"}
+    federation = make_federation(
+        **MANY, **left_out, **{"knowledge_distillation.pool_passes": passes}
+    )
     source = knowledge_distillation.Student(federation).source
     generator = generator_ensemble.build_generator(federation)
     init = jax.vmap(lambda key: generator.init(key, jnp.zeros((2, 8))))
@@ -223,10 +247,10 @@ def test_a_block_reads_the_generators_it_draws_from_off_the_disk(
     stack = offload.create(tmp_path, shapes, 6)
     offload.write(stack, 0, jax.device_get(generators))
     for first in (0, 2):
-        near = {"distances": np.zeros(6)}
+        near = {"distances": np.array([0, 0, 9, 0, 0, 0])}
         drawn = source.prepare({"generators": stack, **near}, KEY, first)
         here = source.prepare({"generators": generators, **near}, KEY, first)
-        assert {len(leaf) for leaf in jax.tree.leaves(drawn)} == {draws}
+        assert {len(leaf) for leaf in jax.tree.leaves(drawn["of_draws"])} == {draws}
         for index in range(draws):
             key = rng.fold(KEY, first + index)
             found, true = (source.sample(prepared, key, index) for prepared in (drawn, here))

@@ -2,12 +2,13 @@
 
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from mosaic_jax import methods, plan
+from mosaic_jax import main, methods, plan
 from mosaic_jax.plan import run_plan
 from mosaic_jax.trees import num_bytes
 
@@ -25,6 +26,18 @@ def test_few_classes_are_counted(make_federation, tmp_path):
     for client, row in enumerate(federation.clients.class_counts):
         cells = [str(client), str(row.sum()), *(str(n) if n else "·" for n in row)]
         assert re.search("│ *" + " │ *".join(map(re.escape, cells)) + " │", text), text
+
+
+def test_a_plan_times_the_distillation_though_no_generator_is_good_yet(
+    monkeypatch, make_federation
+):
+    planned = []
+    monkeypatch.setattr(
+        plan, "measured", lambda federation, stages: planned.append(federation) or ()
+    )
+    config = make_federation(**{"generator_optimization.unusable": "leave_out"}).config
+    main._plan(config, Path("run"), Console(file=io.StringIO()))
+    assert planned[0].config.generator_optimization.unusable == "use"
 
 
 @pytest.mark.parametrize(

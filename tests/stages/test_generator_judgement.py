@@ -1,8 +1,8 @@
 """Which generators teach: their distance, what is done with unusable ones, and who stands in."""
 
-import dataclasses
 import logging
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +11,13 @@ import pytest
 from mosaic_jax import parallel, rng, trees
 from mosaic_jax.config import GeneratorOptimization
 from mosaic_jax.stages import generator_judgement, image_sources, knowledge_distillation
-from mosaic_jax.stages.generator_judgement import FAR, relative_distance, substitutes
+from mosaic_jax.stages.generator_judgement import FAR, relative_distance, usable_clients
 from mosaic_jax.types import UserError
-from tests.helpers import assert_same, differ, run
+from tests.helpers import assert_close, assert_same, differ, member, run
 from tests.stages.unequal import KEY, unequal
 
 RANDOM = np.random.default_rng(0)
 LEAVE_OUT = {"generator_optimization.unusable": "leave_out"}
-SHARES = np.array([[8, 2, 0], [9, 1, 0], [0, 5, 5], [0, 0, 7]])
 
 
 def test_distance_is_in_units_of_the_real_images_variance():
@@ -52,25 +51,51 @@ def test_a_block_that_ends_in_nan_is_taken_back_and_the_next_goes_on(bench):
     assert good[0].distance == good[1]["distance"]
     assert bad[1]["taken_back"] == 1
     assert bad[1]["generator_loss"] == bad[1]["spread"] == 0
-    assert bad[1]["distance"] == FAR == bad[0].distance
     assert_same(bad[0].replace(distance=0), good[0].replace(distance=0))
     assert after[1]["taken_back"] == 0 < after[1]["distance"] < FAR
     assert differ(after[0].generator["params"], good[0].generator["params"])
 
 
+def test_an_upload_is_finite_even_if_every_block_was_taken_back(bench):
+    _, (carry, diagnostics) = blocks(bench, 1, [np.nan])
+    assert diagnostics["taken_back"] == 1
+    assert diagnostics["distance"] > 0.5
+    chex.assert_tree_all_finite(bench.generator.upload(carry))
+
+
+def test_one_clients_nan_leaves_the_others_of_its_lanes_alone(bench):
+    """Two clients in one vmapped call, one of them with weights that are not finite."""
+    federation, step = bench.federation, jax.jit(jax.vmap(bench.generator.block, in_axes=(None, 0)))
+    clients = parallel.put_replicated(
+        federation.layout.mesh,
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), bench.client(1), bench.client(2)),
+    )
+    start = jax.vmap(bench.start, in_axes=(None, 0))(bench.inputs(), clients)
+    broken = jax.tree.map(lambda leaf: leaf.at[0].mul(jnp.inf), clients.frozen)
+    carry, diagnostics = step(bench.inputs(), (clients.replace(frozen=broken), start))
+    np.testing.assert_array_equal(diagnostics["taken_back"], [1, 0])
+    assert_same(member(carry.generator, 0), member(start.generator, 0))
+    _, (alone, _) = blocks(bench, 2, [2e-3])
+    assert_close(member(carry.generator, 1), alone.generator, atol=1e-4)
+
+
 def test_distance_compares_the_averaged_weights_images_with_the_clients_own(bench):
-    """As told by the features themselves: of one image, 0 for the generator of that image."""
+    """By hand: 128 images of the average weights, on batch statistics, and 128 of the client's."""
     _, (carry, diagnostics) = blocks(bench, 0, [2e-3])
     client, federation = bench.client(0), bench.federation
-    other = jax.tree.map(lambda leaf: 3 * leaf, carry.average)
-    moved = carry.replace(average=other)
     key = rng.fold(KEY, client.lists.id, 1, 6)
-    distance = jax.jit(bench.generator.distance)
-    found = distance(bench.inputs(), client, carry, key)
-    assert found == pytest.approx(float(diagnostics["distance"]), rel=1e-4)
-    assert abs(distance(bench.inputs(), client, moved, key) - found) > 1e-3
-    data = dataclasses.replace(federation.data, images=255 - federation.data.images)
-    assert abs(distance(bench.inputs(data=data), client, carry, key) - found) > 1e-3
+    z = jax.random.normal(key, (128, 8))
+    variables = {**carry.generator, "params": bench.generator.averaged(carry)}
+    fake, _ = bench.generator.generator.apply(variables, z, train=True, mutable=["batch_stats"])
+    slot = jax.random.randint(rng.fold(key, 2), (128,), 0, 5)
+    real = federation.data.gather(client.lists.index[slot]) / 127.5 - 1
+    apply = federation.classifier.apply_eval
+    features = [np.asarray(apply(client.frozen, images).features) for images in (fake, real)]
+    expected = (
+        np.square(features[0].mean(0) - features[1].mean(0)).sum()
+        + np.square(features[0].std(0) - features[1].std(0)).sum()
+    ) / features[1].var(0).sum()
+    assert diagnostics["distance"] == pytest.approx(expected, rel=1e-3)
 
 
 def settings(unusable, max_distance=0.5):
@@ -92,41 +117,30 @@ def test_unusable_generators_are_named_after_the_last_block(caplog):
         far = metrics([0.1, 0.6, 0.4, FAR])
         assert say(far, False) == say(metrics([0.5, 0.1]), True) == ""
         text = say(far, True)
-        assert "generators of client 1, client 3: images farther than " in text
+        assert "generators of client 1 (0.6), client 3 (1e+09): images farther than " in text
         assert "max_distance = 0.5 from real ones; left out" in text
         assert "; used all the same" in say(far, True, "use")
         text = say(metrics([0.9, 0.1], clients=np.array([6, 7])), True)
-        assert "generators of client 6: " in text
-        assert "client 3, client 4, 2 more: " in say(metrics([1.0] * 7), True)
+        assert "generators of client 6 (0.9): " in text
+        assert "client 3 (1), client 4 (1), 2 more: " in say(metrics([1.0] * 7), True)
         text = say(metrics([0.1], taken_back=1.0, clients=np.array([2])), False)
-        assert "client 2: a block of steps ended in NaN; the next one starts again from" in text
+        assert (
+            "client 2 (0.1): a block of steps ended in NaN; the next one starts again from" in text
+        )
 
 
 def test_the_run_stops_at_an_unusable_generator_if_told_to():
-    with pytest.raises(UserError, match=r"generators of client 1: images .*'leave_out'"):
+    with pytest.raises(UserError, match=r"generators of client 1 \(0.6\): images .*'leave_out'"):
         generator_judgement.inspect(metrics([0.1, 0.6]), True, settings("stop"))
-    with pytest.raises(UserError, match="client 0: a block of steps ended in NaN"):
+    with pytest.raises(UserError, match=r"client 0 \(0.1\): a block of steps ended in NaN"):
         generator_judgement.inspect(metrics([0.1], taken_back=1.0), False, settings("stop"))
 
 
-@pytest.mark.parametrize(
-    ("distances", "owners"),
-    [
-        ([0.1, 0.5, 0.2, 0.3], [0, 1, 2, 3]),
-        ([0.6, 0.1, 0.1, 0.1], [1, 1, 2, 3]),
-        ([0.1, 0.1, FAR, 0.1], [0, 1, 3, 3]),
-        ([9, 9, 0.1, 9], [2, 2, 2, 2]),
-    ],
-)
-def test_the_client_with_classes_most_alike_stands_in(distances, owners):
-    found = substitutes(np.array(distances), SHARES, settings("leave_out"))
-    np.testing.assert_array_equal(found, owners)
-    every = substitutes(np.array(distances), SHARES, settings("use"))
-    np.testing.assert_array_equal(every, [0, 1, 2, 3])
-
-
-def test_nobody_stands_in_where_no_generator_is_usable():
-    assert substitutes(np.full(4, 0.6), SHARES, settings("leave_out")) is None
+def test_generators_within_the_distance_are_usable():
+    distances = np.array([0.1, 0.5, 0.51, FAR])
+    found = usable_clients(distances, settings("leave_out"))
+    np.testing.assert_array_equal(found, [True, True, False, False])
+    assert usable_clients(distances, settings("use")).all()
 
 
 @pytest.fixture(scope="module")
@@ -137,20 +151,29 @@ def left_out(states):
     return federation, state | {"distances": jnp.array([0.1, 0.9, 0.1])}
 
 
-def test_another_generator_draws_an_unusable_ones_images_of_its_own_classes(left_out):
+def test_the_usable_generators_share_an_unusable_ones_images(left_out):
+    """Client 1 held 33 images of 69; the others' 5 and 31 divide the batch of 12 now."""
     federation, state = left_out
     source = image_sources.GeneratedImages(federation)
     near = state | {"distances": jnp.zeros(3)}
     drawn, own = (source.sample(source.prepare(s, KEY, 0), KEY, 0) for s in (state, near))
-    slots = np.repeat([0, 1, 2], [2, 5, 5])  # of 5, 33 and 31 images
-    for slot in (0, 2):
-        assert_same(drawn[0][slots == slot], own[0][slots == slot])
-    assert differ(drawn[0][slots == 1], own[0][slots == 1])
-    # Client 2's generator with the noise of client 1.
-    swapped = jax.tree.map(lambda leaf: leaf.at[1].set(leaf[2]), state["generators"])
-    by_hand = source.sample(source.prepare(near | {"generators": swapped}, KEY, 0), KEY, 0)
-    np.testing.assert_allclose(drawn[0], by_hand[0], atol=1e-6)
-    assert_same(drawn[1], image_sources.class_prior(federation)[[0, 2, 2]][slots])
+    before, now = np.repeat([0, 1, 2], [2, 5, 5]), np.repeat([0, 2], [2, 10])
+    assert_same(drawn[0][now == 0], own[0][before == 0])
+    fifth = drawn[0][now == 2]
+    assert_same(fifth[:5], own[0][before == 2])
+    assert_same(fifth[5:], fifth[:5])  # a generator draws five images at most, here twice
+    assert_same(drawn[1], image_sources.class_prior(federation)[now])
+
+
+def test_every_usable_generator_has_a_share(left_out):
+    ensemble = image_sources.GeneratedImages(left_out[0]).ensemble
+    for usable, counts in (
+        ([1, 1, 1], [2, 5, 5]),
+        ([1, 0, 1], [2, 0, 10]),
+        ([0, 1, 0], [0, 12, 0]),
+    ):
+        shares = ensemble.shares(np.array(usable, bool))
+        np.testing.assert_array_equal(np.bincount(shares.image_stratum, minlength=3), counts)
 
 
 def test_the_mean_generator_is_that_of_the_usable_ones(left_out):
@@ -175,7 +198,8 @@ def test_without_a_usable_generator_the_student_stays_the_global_model(left_out,
     stage = knowledge_distillation.stage(federation)
     carry, figures = stage.block(state, stage.start(state), 0)
     assert_same(carry.student, state["global"])
-    assert set(figures) == set(knowledge_distillation.METRICS)
+    near = state | {"distances": jnp.zeros(3)}
+    assert set(figures) == set(stage.block(near, stage.start(near), 0)[1])
     with caplog.at_level(logging.WARNING):
         stage.inspect(figures, 1)
         assert not caplog.text

@@ -58,6 +58,7 @@ SETTINGS: dict[str, Any] = {
     "local_update.learning_rate": 0.05,
     "model_aggregation.steps": 3,
     "generator_optimization.steps": 4,
+    "generator_optimization.unusable": "use",
     "generator_optimization.block_steps": 2,
     "generator_optimization.batch_size": 16,
     "generator_optimization.width": 16,

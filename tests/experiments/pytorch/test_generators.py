@@ -13,6 +13,11 @@ from experiments.speed.pytorch_baseline import generators, weights  # noqa: E402
 from mosaic_jax import rng  # noqa: E402
 from mosaic_jax.data.batches import to_float, uniform_batch  # noqa: E402
 from mosaic_jax.stages import client_generator  # noqa: E402
+from mosaic_jax.stages.generator_state import (  # noqa: E402
+    LOSS_WEIGHTS,
+    GeneratorClient,
+    GeneratorInputs,
+)
 from tests.experiments.pytorch.deviations import perturbed  # noqa: E402
 from tests.experiments.pytorch.parity import (  # noqa: E402
     adam_gradient,
@@ -62,19 +67,17 @@ def test_generator_steps(federation, record, request):
     """Steps with (even numbers) and without the frozen losses, and the upload."""
     settings = federation.config.generator_optimization
     client = client_generator.ClientGenerator(federation)
-    inputs = client_generator.GeneratorInputs(
+    inputs = GeneratorInputs(
         adversary_learning_rate=jnp.float32(settings.adversary_learning_rate),
         data=federation.data,
         key=federation.key("parity"),
         learning_rate=jnp.float32(settings.learning_rate),
-        loss_weights={
-            name: jnp.float32(getattr(settings, name)) for name in client_generator.LOSS_WEIGHTS
-        },
+        loss_weights={name: jnp.float32(getattr(settings, name)) for name in LOSS_WEIGHTS},
         first_step=jnp.int32(0),
     )
     frozen = perturbed(federation)
     lists = member(federation.clients.lists, 1)
-    packed = client_generator.GeneratorClient(frozen, lists)
+    packed = GeneratorClient(frozen, lists)
     start = carry = jax.jit(lambda: client.start(inputs, packed))()
     step = jax.jit(lambda carry, number: client.step(inputs, packed, carry, number))
     pair = generator_pair(federation, carry, frozen)
@@ -100,7 +103,7 @@ def test_generator_steps(federation, record, request):
         for i in range(client_generator.BN_BATCHES)
     ]
     upload = pair.upload(torch.from_numpy(np.array(noise)))
-    statistics = jax.jit(client.recompute_batch_stats)(carry, key)
+    statistics = jax.jit(client.recompute_batch_stats)(carry, key, packed)
     expected = client.upload(carry.replace(ema_batch_stats=statistics))
     compare_moved(request, upload, start.generator, expected)
 

@@ -17,7 +17,7 @@ from mosaic_jax import rng  # noqa: E402
 from mosaic_jax import settings as reader  # noqa: E402
 from mosaic_jax.data.batches import epoch_batch, to_float  # noqa: E402
 from mosaic_jax.stages import knowledge_distillation, meta_model  # noqa: E402
-from mosaic_jax.stages.generator_ensemble import build_generator  # noqa: E402
+from mosaic_jax.stages.generator_ensemble import Ensemble, build_generator  # noqa: E402
 from mosaic_jax.stages.image_pool import shuffled  # noqa: E402
 from mosaic_jax.stages.prototypes import Prototypes  # noqa: E402
 from mosaic_jax.stages.teacher import (  # noqa: E402
@@ -146,11 +146,12 @@ def test_meta_steps(make_federation, mixture, record, embedding):
 def distillation_inputs(federation, teacher, generators):
     """Return what a step of the student is given."""
     settings = federation.config.knowledge_distillation
+    everyone = Ensemble(federation, settings.images_per_generator).everyone
     return knowledge_distillation.DistillationInputs(
         first=0,
         key=federation.key("parity"),
         learning_rate=jnp.float32(settings.learning_rate),
-        prepared={"all": generators},
+        prepared={"all": generators, "shares": everyone},
         teacher=teacher,
         weights={
             name: jnp.float32(getattr(settings, name))
