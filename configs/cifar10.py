@@ -10,15 +10,11 @@ rounds of ten epochs, best round) has FedAvg at 73.8 and FedProx at 74.7 with al
 
 from mosaic_jax.configs import common
 
-SETTINGS = (
-    common.FULL
-    | common.COLOUR_GENERATORS
-    | {
-        "data.name": "cifar10",
-        "data.crop_padding": 4,
-        "data.flip": True,
-        "local_update.rounds": 300,
-    }
-)
+SETTINGS = common.COLOUR | {
+    "data.name": "cifar10",
+    "data.crop_padding": 4,
+    "data.flip": True,
+    "local_update.rounds": 300,
+}
 
 get_config = common.with_options(SETTINGS)

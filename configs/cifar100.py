@@ -11,17 +11,13 @@ and FedProx at 66.6 with alpha 0.1.
 
 from mosaic_jax.configs import common
 
-SETTINGS = (
-    common.FULL
-    | common.COLOUR_GENERATORS
-    | {
-        "data.name": "cifar100",
-        "data.crop_padding": 4,
-        "data.flip": True,
-        "local_update.rounds": 1000,
-        "local_update.steps": 20,
-        "meta_model.learning_rate": 3e-4,
-    }
-)
+SETTINGS = common.COLOUR | {
+    "data.name": "cifar100",
+    "data.crop_padding": 4,
+    "data.flip": True,
+    "local_update.rounds": 1000,
+    "local_update.steps": 20,
+    "meta_model.learning_rate": 3e-4,
+}
 
 get_config = common.with_options(SETTINGS)

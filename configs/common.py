@@ -35,6 +35,9 @@ COLOUR_GENERATORS = {
 }
 """How the generators of colour images are trained (docs/decisions.md)."""
 
+COLOUR = FULL | COLOUR_GENERATORS
+"""What the full forms of the colour sets have in common."""
+
 SMALL = {
     "data.train_images": 1000,
     "data.test_images": 200,

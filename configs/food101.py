@@ -9,16 +9,12 @@ of 320 images; no time of the full form is measured, and no accuracy on this pro
 
 from mosaic_jax.configs import common
 
-SETTINGS = (
-    common.FULL
-    | common.COLOUR_GENERATORS
-    | {
-        "data.name": "food101",
-        "local_update.rounds": 1000,
-        "local_update.steps": 20,
-        "meta_model.learning_rate": 3e-4,
-        "meta_model.heads": 10,  # as many as classes take memory
-    }
-)
+SETTINGS = common.COLOUR | {
+    "data.name": "food101",
+    "local_update.rounds": 1000,
+    "local_update.steps": 20,
+    "meta_model.learning_rate": 3e-4,
+    "meta_model.heads": 10,  # as many as classes take memory
+}
 
 get_config = common.with_options(SETTINGS)

@@ -11,14 +11,10 @@ at 55.3 with alpha 0.1.
 
 from mosaic_jax.configs import common
 
-SETTINGS = (
-    common.FULL
-    | common.COLOUR_GENERATORS
-    | {
-        "data.name": "svhn",
-        "data.crop_padding": 4,
-        "local_update.rounds": 300,
-    }
-)
+SETTINGS = common.COLOUR | {
+    "data.name": "svhn",
+    "data.crop_padding": 4,
+    "local_update.rounds": 300,
+}
 
 get_config = common.with_options(SETTINGS)

@@ -12,18 +12,14 @@ with alpha 0.1.
 
 from mosaic_jax.configs import common
 
-SETTINGS = (
-    common.FULL
-    | common.COLOUR_GENERATORS
-    | {
-        "data.name": "tiny_imagenet",
-        "data.crop_padding": 4,
-        "data.flip": True,
-        "local_update.rounds": 1000,
-        "local_update.steps": 20,
-        "meta_model.learning_rate": 3e-4,
-        "meta_model.heads": 20,  # as many as classes take memory
-    }
-)
+SETTINGS = common.COLOUR | {
+    "data.name": "tiny_imagenet",
+    "data.crop_padding": 4,
+    "data.flip": True,
+    "local_update.rounds": 1000,
+    "local_update.steps": 20,
+    "meta_model.learning_rate": 3e-4,
+    "meta_model.heads": 20,  # as many as classes take memory
+}
 
 get_config = common.with_options(SETTINGS)

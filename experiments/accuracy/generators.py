@@ -4,7 +4,8 @@
     python -m experiments.accuracy.generators --recipes dcgan projected --set local_update.rounds=12
 
 The runs of a level and seed share all stages before the generators. Accuracies are those of the
-held-out tenth of the clients' images, as settings are chosen by them, without acceptance. Columns:
+held-out tenth of the clients' images, as settings are chosen by them, without acceptance, and all
+generators are used. Columns:
 
 - Frechet distance of a generator's images from its client's, in the features of a judge: the same
   classifier, trained on all training images in one place, which no federation could do. Over the
@@ -30,6 +31,7 @@ import numpy as np
 
 from experiments.accuracy.branches import HELD_OUT, adopt_stages, shared_stages
 from experiments.accuracy.image_quality import Judge, draw_images, taught
+from mosaic_jax.configs import common
 from mosaic_jax.parallel import set_up_jax
 from mosaic_jax.run.load_run import LoadedRun, load_run
 from mosaic_jax.run.reader import load
@@ -56,17 +58,10 @@ DCGAN = recipe(
 )
 """The reference's generators, as the PyTorch baseline has them."""
 
-PROJECTED = recipe(
-    adversary="projected",
-    adversary_width=32,
-    conditional=True,
-    upsampling="nearest",
-    class_weight=0.5,
-    diversity_weight=0.0,
-    inversion_threshold=1_000_000_000,  # all clients
-    inversion_weight=0.03,
-    frozen_every=1,
-)
+PROJECTED: Settings = {
+    **common.COLOUR_GENERATORS,
+    **recipe(adversary_width=32, frozen_every=1),
+}
 RECIPES: dict[str, Settings] = {
     "projected": PROJECTED,
     "dcgan": {**DCGAN, **recipe(adversary_width=16, frozen_every=4)},
@@ -81,7 +76,11 @@ RECIPES: dict[str, Settings] = {
 }
 """Ways to train generators: name, and the settings that are its own."""
 
+EVERY: Settings = {**HELD_OUT, **recipe(unusable="use")}
+"""Settings of every run: bad images have to show in the student."""
+
 JUDGE: Settings = {
+    "data.validation_fraction": 0.0,
     "method": "fedavg",
     "partition.kind": "iid",
     "partition.clients": 1,
@@ -133,7 +132,7 @@ def run_cell(
         if name != recipes[0]:
             first = root / f"{level}-{seed}-{slug(recipes[0])}"
             adopt_stages(first, workdir, shared_stages(RECIPES[name]))
-        config = launch.configure(get_config, level, seed, changes, HELD_OUT, RECIPES[name])
+        config = launch.configure(get_config, level, seed, changes, EVERY, RECIPES[name])
         launch.run_to_end(config, workdir)
         clients = judge_run(judge, load_run(workdir))
         write_clients(root / "clients.csv", [level, seed, name], clients)

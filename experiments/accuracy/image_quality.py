@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mosaic_jax.data.batches import to_float
 from mosaic_jax.federation import Federation
 from mosaic_jax.models import CNN
 from mosaic_jax.stages.generator_ensemble import sampler
@@ -37,7 +38,9 @@ class Judge:
     def outputs(self, images: np.ndarray) -> Outputs:
         """Return features and logits of uint8 images [n, h, w, c], as NumPy arrays."""
         starts = range(0, len(images), CHUNK)
-        parts = [self.look(scaled(images[start : start + CHUNK])) for start in starts]
+        parts = [
+            self.look(to_float(jnp.asarray(images[start : start + CHUNK]))) for start in starts
+        ]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
     def clients(self, generated: np.ndarray) -> dict[str, np.ndarray]:
@@ -58,11 +61,6 @@ class Judge:
             shares = predicted / predicted.sum(), counts / counts.sum()
             found["overlap"].append(float(np.minimum(*shares).sum()))
         return {name: np.array(values) for name, values in found.items()}
-
-
-def scaled(images: np.ndarray | Array) -> Array:
-    """Return uint8 images as float32 in [-1, 1]."""
-    return (jnp.asarray(images, jnp.float32) - 127.5) / 127.5
 
 
 def frechet_distance(a: np.ndarray | Array, b: np.ndarray | Array) -> float:
@@ -105,7 +103,7 @@ def taught(judge: Judge, generated: np.ndarray) -> float:
 
     @jax.jit
     def predict(images: Array) -> Array:
-        return cast(Outputs, student.apply(variables, scaled(images))).logits.argmax(-1)
+        return cast(Outputs, student.apply(variables, to_float(images))).logits.argmax(-1)
 
     images, labels = dataset.train_images[held_out], dataset.train_labels[held_out]
     starts = range(0, len(images), CHUNK)
@@ -124,11 +122,11 @@ def learn(student: CNN, pool: np.ndarray, answers: Array) -> Variables:
 
     @jax.jit
     def step(variables: PyTree, state: PyTree, images: Array, target: Array) -> PyTree:
-        gradient, statistics = jax.grad(loss, has_aux=True)(*variables, scaled(images), target)
+        gradient, statistics = jax.grad(loss, has_aux=True)(*variables, to_float(images), target)
         updates, state = optimizer.update(gradient, state)
         return (optax.apply_updates(variables[0], updates), statistics), state
 
-    first = student.init(jax.random.key(0), scaled(pool[:2]))
+    first = student.init(jax.random.key(0), to_float(jnp.asarray(pool[:2])))
     variables = first["params"], first["batch_stats"]
     state, random = optimizer.init(variables[0]), np.random.default_rng(0)
     for _ in range(TAUGHT_STEPS):
