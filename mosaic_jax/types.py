@@ -114,3 +114,10 @@ def unknown_name(what: str, name: str, known: Iterable[str], prefix: str = "") -
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {prefix + nearest[0]!r}?" if nearest else f"known: {', '.join(names)}"
     return f"unknown {what} {prefix + name!r}; {hint}"
+
+
+def clients_text(distances: Mapping[int, float], most: int = 5) -> str:
+    """Name clients with their generators' distances, at most `most` of them, for a message."""
+    named = [f"client {client} ({distances[client]:.2g})" for client in list(distances)[:most]]
+    more = [f"{len(distances) - most} more"] if len(distances) > most else []
+    return ", ".join([*named, *more])

@@ -14,8 +14,13 @@ import re
 import sys
 from pathlib import Path
 
-from experiments.accuracy.branches import add_held_out, adopt_stages, protocol, shared_stages
-from mosaic_jax.parallel import set_up_jax
+from experiments.accuracy.branches import (
+    add_held_out,
+    adopt_stages,
+    protocol,
+    shared_stages,
+    write_tables,
+)
 from mosaic_jax.sweep import launch
 from mosaic_jax.sweep.launch import GetConfig, Settings
 from mosaic_jax.sweep.text import markdown_table, mean_and_std_text
@@ -105,18 +110,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     arguments = parser.parse_args(argv)
     variants = list(dict.fromkeys([BASE, *arguments.variants]))
-    arguments.root.mkdir(parents=True, exist_ok=True)
-    set_up_jax(clients=1)
-    tables, (changes, split) = [], protocol(arguments)
-    for level in arguments.levels:
-        cells = [
-            run_cell(arguments.config, arguments.root, level, seed, variants, changes, split)
-            for seed in arguments.seeds
-        ]
-        tables.append(table(level, variants, cells))
-    text = "\n\n".join(tables)
-    (arguments.root / "table.md").write_text(text + "\n")
-    print(text)
+    config, root, (changes, split) = arguments.config, arguments.root, protocol(arguments)
+    write_tables(
+        arguments,
+        lambda level, seed: run_cell(config, root, level, seed, variants, changes, split),
+        lambda level, cells: table(level, variants, cells),
+    )
 
 
 if __name__ == "__main__":

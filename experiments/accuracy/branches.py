@@ -8,11 +8,16 @@ gets their checkpoints. Every run resumes.
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from mosaic_jax.methods.mosaic import STAGES
+from mosaic_jax.parallel import set_up_jax
 from mosaic_jax.run.metrics import MetricsFile
 from mosaic_jax.sweep.launch import Settings
+
+Cell = list[dict[str, float]]
+"""The figures of a cell's runs."""
 
 HELD_OUT: Settings = {"data.validation_fraction": 0.1, "acceptance.rule": "always"}
 """Settings of runs that settings are chosen by: images that have chosen a model cannot judge it."""
@@ -27,6 +32,29 @@ def protocol(arguments: argparse.Namespace) -> tuple[Settings, str]:
     """Return the settings of all runs, and the images that score them: "test" or "validation"."""
     changes = dict(arguments.set)
     return ({**changes, **HELD_OUT}, "validation") if arguments.held_out else (changes, "test")
+
+
+def write_tables(
+    arguments: argparse.Namespace,
+    run_cell: Callable[[str, int], Cell],
+    table: Callable[[str, list[Cell]], str],
+) -> None:
+    """Run all cells, print a table of each level and write them to `ROOT/table.md`.
+
+    Args:
+      arguments: levels, seeds and root, see `launch.cell_parser`.
+      run_cell: (level, seed) -> the cell's figures.
+      table: (level, the figures of its seeds) -> Markdown.
+    """
+    arguments.root.mkdir(parents=True, exist_ok=True)
+    set_up_jax(clients=1)
+    tables = [
+        table(level, [run_cell(level, seed) for seed in arguments.seeds])
+        for level in arguments.levels
+    ]
+    text = "\n\n".join(tables)
+    (arguments.root / "table.md").write_text(text + "\n")
+    print(text)
 
 
 def shared_stages(changes: Settings) -> tuple[str, ...]:

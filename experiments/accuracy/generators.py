@@ -29,10 +29,9 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.accuracy.branches import HELD_OUT, adopt_stages, shared_stages
+from experiments.accuracy.branches import HELD_OUT, adopt_stages, shared_stages, write_tables
 from experiments.accuracy.image_quality import Judge, draw_images, taught
 from mosaic_jax.configs import common
-from mosaic_jax.parallel import set_up_jax
 from mosaic_jax.run.load_run import LoadedRun, load_run
 from mosaic_jax.run.reader import load
 from mosaic_jax.run.results import DISTILLED_STUDENT, GLOBAL_MODEL, TUNED_STUDENT
@@ -202,19 +201,13 @@ def main(argv: list[str]) -> None:
     launch.add_config(parser, "fashion_mnist")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     arguments = parser.parse_args(argv)
-    arguments.root.mkdir(parents=True, exist_ok=True)
     (arguments.root / "clients.csv").unlink(missing_ok=True)
-    set_up_jax(clients=1)
-    changes, tables = dict(arguments.set), []
-    for level in arguments.levels:
-        cells = [
-            run_cell(arguments.config, arguments.root, level, seed, arguments.recipes, changes)
-            for seed in arguments.seeds
-        ]
-        tables.append(table(level, arguments.recipes, cells))
-    text = "\n\n".join(tables)
-    (arguments.root / "table.md").write_text(text + "\n")
-    print(text)
+    config, root, recipes = arguments.config, arguments.root, arguments.recipes
+    write_tables(
+        arguments,
+        lambda level, seed: run_cell(config, root, level, seed, recipes, dict(arguments.set)),
+        lambda level, cells: table(level, recipes, cells),
+    )
 
 
 if __name__ == "__main__":

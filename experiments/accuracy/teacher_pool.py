@@ -23,8 +23,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from experiments.accuracy.branches import HELD_OUT, adopt_stages, shared_stages
-from mosaic_jax.parallel import set_up_jax
+from experiments.accuracy.branches import HELD_OUT, adopt_stages, shared_stages, write_tables
 from mosaic_jax.run.reader import load
 from mosaic_jax.run.results import DISTILLED_STUDENT, TEACHER, TUNED_STUDENT
 from mosaic_jax.sweep import launch
@@ -99,18 +98,12 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     for pool in arguments.pools:
         pool_settings(pool)
-    arguments.root.mkdir(parents=True, exist_ok=True)
-    set_up_jax(clients=1)
-    changes, tables = dict(arguments.set), []
-    for level in arguments.levels:
-        cells = [
-            run_cell(arguments.config, arguments.root, level, seed, arguments.pools, changes)
-            for seed in arguments.seeds
-        ]
-        tables.append(table(level, arguments.pools, cells))
-    text = "\n\n".join(tables)
-    (arguments.root / "table.md").write_text(text + "\n")
-    print(text)
+    config, root, pools = arguments.config, arguments.root, arguments.pools
+    write_tables(
+        arguments,
+        lambda level, seed: run_cell(config, root, level, seed, pools, dict(arguments.set)),
+        lambda level, cells: table(level, pools, cells),
+    )
 
 
 if __name__ == "__main__":

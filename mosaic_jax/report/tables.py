@@ -15,15 +15,12 @@ from mosaic_jax.run.metrics import mean_and_std
 from mosaic_jax.run.reader import Run
 from mosaic_jax.run.results import best_and_last_round, result_rows
 from mosaic_jax.settings import changes_results
-from mosaic_jax.types import UserError
+from mosaic_jax.types import UserError, clients_text
 
 MEASURES = (
     "Accuracy in percent. test: the global test set; local test: mean over clients, on test images "
     "that follow the client's class distribution; validation: held out of the clients' images."
 )
-NAMED = 5
-"""Clients with unusable generators that a table names."""
-
 COST = (
     "Wall seconds of the compiled blocks, without evaluation and checkpoints; bytes a client "
     "receives and sends in the whole stage, mean over clients."
@@ -55,12 +52,10 @@ def generators_text(run: Run) -> str:
     far = {client: distance for client, distance in distances.items() if distance > most}
     if not far:
         return ""
-    named = [f"client {client} ({far[client]:.2g})" for client in list(far)[:NAMED]]
-    more = [f"{len(far) - NAMED} more"] if len(far) > NAMED else []
     used = " but used" if settings.get("unusable") == "use" else " and left out"
     return (
         f" {len(far)} of {len(distances)} generators are unusable{used}, their images farther than "
-        f"{most:g} from the real ones: {', '.join([*named, *more])}."
+        f"{most:g} from the real ones: {clients_text(far)}."
     )
 
 

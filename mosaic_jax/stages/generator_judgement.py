@@ -14,7 +14,7 @@ import numpy as np
 from mosaic_jax.config import GeneratorOptimization
 from mosaic_jax.stages.generator_state import GeneratorState
 from mosaic_jax.stages.stage import Metrics
-from mosaic_jax.types import Array, UserError
+from mosaic_jax.types import Array, UserError, clients_text
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +26,6 @@ FAR = 1e9
 
 TINY = 1e-9
 """Added to the variance of real images, which may all be equal."""
-
-NAMED = 5
-"""Clients that a message names."""
 
 
 def relative_distance(fake: Array, real: Array) -> Array:
@@ -60,31 +57,29 @@ def unless_diverged(
 
 
 def inspect(metrics: Metrics, is_last: bool, settings: GeneratorOptimization) -> None:
-    """Warn of blocks that ended in NaN and, after the last block, of unusable generators.
+    """Warn of steps that ended in NaN and, after the last block, of unusable generators.
 
     Raises:
       UserError: there are some, and the settings say to stop.
     """
-    ids = np.asarray(metrics.get("clients", np.arange(len(metrics["distance"]))))
+    distance, most = np.asarray(metrics["distance"]), settings.max_distance
+    taken_back = np.asarray(metrics["taken_back"]) > 0
+    problems = [(taken_back, "a block of steps ended in NaN", "they are taken back")]
     if is_last:
-        far = ids[np.asarray(metrics["distance"]) > settings.max_distance]
-        most = settings.max_distance
         what = f"images farther than generator_optimization.max_distance = {most} from real ones"
-    else:
-        far, what = ids[np.asarray(metrics["taken_back"]) > 0], "a block of steps ended in NaN"
-    if not len(far):
-        return
-    distances = dict(zip(ids.tolist(), np.asarray(metrics["distance"]), strict=True))
-    named = [f"client {client} ({distances[client]:.2g})" for client in far[:NAMED]]
-    more = [f"{len(far) - NAMED} more"] if len(far) > NAMED else []
-    text = f"generators of {', '.join([*named, *more])}: {what}"
-    if settings.unusable == "stop":
-        raise UserError(
-            f"{text}; train longer, at a smaller learning rate, or in a new work directory with "
-            "generator_optimization.unusable = 'leave_out'"
-        )
-    done = {"leave_out": "left out", "use": "used all the same"}[settings.unusable]
-    log.warning("%s; %s", text, done if is_last else "the next one starts again from before it")
+        done = "used all the same" if settings.unusable == "use" else "left out"
+        problems.append((distance > most, what, done))
+    ids = np.asarray(metrics.get("clients", np.arange(len(distance))))
+    for affected, what, done in problems:
+        if not affected.any():
+            continue
+        named = clients_text(dict(zip(ids[affected].tolist(), distance[affected], strict=True)))
+        if settings.unusable == "stop":
+            raise UserError(
+                f"generators of {named}: {what}; train longer, at a smaller learning rate, or in a "
+                "new work directory with generator_optimization.unusable = 'leave_out'"
+            )
+        log.warning("generators of %s: %s; %s", named, what, done)
 
 
 def usable_clients(distances: np.ndarray, settings: GeneratorOptimization) -> np.ndarray:

@@ -124,9 +124,9 @@ def test_unusable_generators_are_named_after_the_last_block(caplog):
         assert "generators of client 6 (0.9): " in text
         assert "client 3 (1), client 4 (1), 2 more: " in say(metrics([1.0] * 7), True)
         text = say(metrics([0.1], taken_back=1.0, clients=np.array([2])), False)
-        assert (
-            "client 2 (0.1): a block of steps ended in NaN; the next one starts again from" in text
-        )
+        assert "client 2 (0.1): a block of steps ended in NaN; they are taken back" in text
+        # In the last block, too, where the distance is that of the weights before it.
+        assert "ended in NaN" in say(metrics([0.1], taken_back=1.0), True)
 
 
 def test_the_run_stops_at_an_unusable_generator_if_told_to():
