@@ -96,6 +96,11 @@ def test_distance_compares_the_averaged_weights_images_with_the_clients_own(benc
         + np.square(features[0].std(0) - features[1].std(0)).sum()
     ) / features[1].var(0).sum()
     assert diagnostics["distance"] == pytest.approx(expected, rel=1e-3)
+    last = jax.tree.map(jnp.zeros_like, carry.generator)  # the last weights are not asked
+    found = jax.jit(bench.generator.distance)(
+        bench.inputs(), client, carry.replace(generator=last), key
+    )
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def settings(unusable, max_distance=0.5):
