@@ -10,7 +10,7 @@ from PIL import Image
 from mosaic_jax.report import __main__ as command_line
 from mosaic_jax.report import figures, model_figures
 from mosaic_jax.run.reader import Run, load
-from tests.report.written import FIGURES, mosaic_lines, write_answers, write_run
+from tests.report.written import FIGURES, accuracies, mosaic_lines, write_answers, write_run
 
 
 def colours(path: Path) -> int:
@@ -59,6 +59,24 @@ def test_a_hundred_clients_and_classes_fit(tmp_path: Path) -> None:
     for path in figures.draw_figures(load(run)):
         with Image.open(path) as image:
             assert max(image.size) < 2000
+
+
+def test_the_curves_have_a_part_for_each_stage_that_trains(tmp_path: Path) -> None:
+    """A stage that chooses a model is a row of the table, but has no steps to draw."""
+    lines = mosaic_lines()
+    chosen = {"stage": "acceptance", "block": 1, "seconds": 1.0} | accuracies(0.95, 0.9, 0.9)
+    figure = Figure()
+    model_figures.curves(figure, load(write_run(tmp_path / "run", [*lines, chosen])))
+    axis = figure.axes[0]
+    parts = [text.get_text() for text in axis.texts]
+    assert [part.split()[0] for part in parts] == [
+        "local_update",
+        "knowledge_distillation",
+        "fine_tuning",
+    ]
+    assert axis.get_xlim() == (0, 3)
+    assert axis.lines[-3].get_label() == "global model / student"
+    assert 95 not in axis.lines[-3].get_ydata()
 
 
 def test_a_confusion_has_the_shares_of_each_true_class() -> None:
