@@ -1,17 +1,60 @@
-"""The parts of JAX that have no public name or may still move, each behind one function.
+"""What differs between versions of JAX, between systems and between terminals.
 
-All were tried on JAX 0.10.2, 0.11.2 and 0.12.0.1. None has a public equivalent there. On a version
-that lacks one, its function raises a `UserError` of one line.
+The parts of JAX that have no public name or may still move are each behind one function. All were
+tried on JAX 0.10.2, 0.11.2 and 0.12.0.1. None has a public equivalent there. On a version that
+lacks one, its function raises a `UserError` of one line.
 """
 
+import locale
+import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from io import TextIOWrapper
 
 import jax
+from rich.console import Console
 
 from mosaic_jax.types import Array, UserError
 
 JAX = "jax>=0.10.2,<0.13"
 """The versions of `pyproject.toml`."""
+
+
+def check_system() -> None:
+    """Refuse a system that runs are not made for.
+
+    Raises:
+      UserError: it is Windows.
+    """
+    if sys.platform == "win32":
+        raise UserError("mosaic_jax runs on Linux and macOS; on Windows, start it in WSL")
+
+
+def console(quiet: bool = False) -> Console:
+    """Return a terminal that prints text as it is: names of files are no markup.
+
+    Args:
+      quiet: print nothing.
+    """
+    print_utf8()
+    return Console(markup=False, emoji=False, quiet=quiet)
+
+
+def start_in_utf8_mode() -> None:
+    """Start this program again in Python's UTF-8 mode, where the locale has another encoding.
+
+    Arguments, names of files and what libraries read are all affected, and cannot be decoded again
+    in a process that has begun.
+    """
+    if locale.getencoding().lower() not in ("utf-8", "utf8") and not sys.flags.utf8_mode:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def print_utf8() -> None:
+    """Print UTF-8 whatever the locale."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def live_processes() -> Callable[[list[int]], Iterable[int]]:

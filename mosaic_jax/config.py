@@ -25,6 +25,7 @@ class Range:
 
 
 MAY_BE_ZERO = Range("must be at least 0", lambda value: value >= 0)
+SEED = Range("must lie in [0, 2**32)", lambda value: 0 <= value < 2**32)  # JAX keeps 32 bits
 
 Count = Annotated[int, MAY_BE_ZERO]
 Fraction = Annotated[float, Range("must lie in [0, 1)", lambda value: 0 <= value < 1)]
@@ -59,7 +60,7 @@ class Partition:
     clients: int = 10
     alpha: Positive = 0.1  # Dirichlet concentration: smaller is more heterogeneous
     minimum: int = 10  # images every client of "dirichlet" must end with
-    seed: Annotated[int | None, MAY_BE_ZERO] = None  # None: follows the run's seed
+    seed: Annotated[int | None, SEED] = None  # None: follows the run's seed
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ class Run:
 class Config:
     """All settings of a run."""
 
-    seed: Count = 0
+    seed: Annotated[int, SEED] = 0
     method: str = "mosaic"  # a name in `methods.METHODS`
     data: Data = field(default_factory=Data)
     partition: Partition = field(default_factory=Partition)

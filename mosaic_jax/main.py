@@ -12,8 +12,8 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mosaic_jax import flags, methods, parallel, plan, report
+from mosaic_jax import compat, flags, methods, parallel, plan, report
 from mosaic_jax.config import Config
 from mosaic_jax.federation import Federation, load_federation
 from mosaic_jax.parallel import hosts
@@ -32,10 +32,18 @@ from mosaic_jax.types import FAILED, INTERRUPTED, TERMINATED, USER_ERROR, UserEr
 
 
 def main(argv: list[str]) -> int:
-    """Run what the flags ask for; return the exit status."""
+    """Run what a command line asks for; return the exit status.
+
+    A program may call it, more than once and from any thread. The number of CPU devices is the one
+    that JAX was first used with.
+
+    Args:
+      argv: a name and the flags, like `sys.argv`.
+    """
+    compat.print_utf8()
     try:
-        if argv[1:] in (["--help"], ["--config"]):
-            Console().print(*flags.tables(argv[1]))
+        if "--help" in argv or argv[1:] == ["--config"]:
+            compat.console().print(*flags.tables("--help" if "--help" in argv else "--config"))
         else:
             _start(argv)
     except experiment.Stopped:
@@ -63,19 +71,20 @@ def _start(argv: list[str]) -> None:
       UserError: what was asked for cannot be done.
       experiment.Stopped: SIGTERM came, and the run has saved.
     """
-    config = flags.read(argv)
-    parallel.set_up_jax(config.partition.clients)
-    _join_hosts()
-    console = Console(quiet=not hosts.is_primary())
-    workdir = Path(flags.WORKDIR.value or f"runs/{config.data.name}")
-    hosts.check_agreement("settings", lambda: f"{config}")
-    if flags.PLAN.value:
-        _plan(config, workdir, console)
+    compat.check_system()
+    asked = flags.read(argv)
+    parallel.set_up_jax(asked.config.partition.clients)
+    _join_hosts(asked)
+    parallel.available_devices()
+    console = compat.console(quiet=not hosts.is_primary())
+    hosts.check_agreement("settings", lambda: f"{asked.config}")
+    if asked.plan:
+        _plan(asked.config, asked.workdir, console)
     else:
-        _run(config, workdir, argv, console)
+        _run(asked, console)
     hosts.barrier_at_exit()
-    if hosts.is_primary() and not flags.PLAN.value:
-        report.show(workdir, console)
+    if hosts.is_primary() and not asked.plan:
+        report.show(asked.workdir, console)
 
 
 def _plan(config: Config, workdir: Path, console: Console) -> None:
@@ -91,57 +100,65 @@ def _plan(config: Config, workdir: Path, console: Console) -> None:
             console.print(line, soft_wrap=True)
 
 
-def _run(config: Config, workdir: Path, argv: list[str], console: Console) -> None:
+def _run(asked: flags.Flags, console: Console) -> None:
     """Run in the work directory, with the plan before and a progress bar."""
-    federation = load_federation(config)
-    names = flags.TRACK.value if hosts.is_primary() else ""
-    tracked = trackers.Trackers(names, workdir, federation.config)
-    with closing(tracked), _progress(console) as progress:
+    federation = load_federation(asked.config)
+    names = asked.track if hosts.is_primary() else ""
+    tracked = trackers.Trackers(names, asked.workdir, federation.config)
+    with closing(tracked), _progress(console) as progress, _terminations() as has_come:
         shown = ProgressDisplay(progress)
 
         def announce(stages: list[Stage]) -> None:
-            _announce(federation, stages, workdir, argv, console)
+            _announce(federation, stages, asked, console)
 
         def watch(*block: Any) -> None:
             shown(*block)
             tracked(*block)
 
-        experiment.run(federation, workdir, watch, _terminations(), announce)
+        experiment.run(federation, asked.workdir, watch, has_come, announce)
 
 
 def _announce(
-    federation: Federation, stages: list[Stage], workdir: Path, argv: list[str], console: Console
+    federation: Federation, stages: list[Stage], asked: flags.Flags, console: Console
 ) -> None:
     """Print the plan of a run that begins, and note its command in the work directory."""
-    console.print(plan.plan(federation, stages, workdir))
+    console.print(plan.plan(federation, stages, asked.workdir))
     if hosts.is_primary():
-        words = ["python", "-m", "mosaic_jax.main", *argv[1:]]
-        (workdir / "command.txt").write_text(shlex.join(words) + "\n")
+        words = ["python", "-m", "mosaic_jax.main", *asked.words[1:]]
+        text = shlex.join(words) + "\n"
+        (asked.workdir / "command.txt").write_text(text, encoding="utf-8")
 
 
-def _join_hosts() -> None:
+def _join_hosts(asked: flags.Flags) -> None:
     """Meet the other hosts, if the flags say that there are any.
 
     Raises:
       UserError: flags that do not say it fully.
     """
-    given = flags.COORDINATOR.value, flags.HOSTS.value, flags.HOST.value
+    given = asked.coordinator, asked.hosts, asked.host
     if all(value is not None for value in given):
-        hosts.join(*given, flags.HOSTS_SECONDS.value)
+        hosts.join(*given, asked.hosts_seconds)
     elif any(value is not None for value in given):
         raise UserError("--coordinator, --hosts and --host go together; with --distributed, none")
-    elif flags.DISTRIBUTED.value:
-        hosts.join(None, None, None, flags.HOSTS_SECONDS.value)
+    elif asked.distributed:
+        hosts.join(None, None, None, asked.hosts_seconds)
 
 
-def _terminations() -> Callable[[], bool]:
-    """Catch SIGTERM from now on; return a function that tells whether it has come.
+@contextmanager
+def _terminations() -> Iterator[Callable[[], bool]]:
+    """Catch SIGTERM in the main thread; yield a function that tells whether it has come.
 
     Schedulers send it some time before they take a machine away.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # a signal is the main thread's business
+        return
     came = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: came.set())
-    return came.is_set
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class ProgressDisplay:
@@ -179,6 +196,7 @@ def _progress(console: Console) -> Progress:
 
 
 if __name__ == "__main__":
+    compat.start_in_utf8_mode()
     status = main(sys.argv)
     sys.stdout.flush()
     sys.stderr.flush()

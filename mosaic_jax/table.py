@@ -138,9 +138,9 @@ def write(arguments: argparse.Namespace) -> str:
     scores = found(arguments.root, cells(arguments))
     table = rows(arguments, scores)
     text = markdown_table(table)
-    (arguments.root / "table.md").write_text(text + "\n")
-    (arguments.root / "table.tex").write_text(latex_table(table))
-    with (arguments.root / "table.csv").open("w", newline="") as file:
+    (arguments.root / "table.md").write_text(text + "\n", encoding="utf-8")
+    (arguments.root / "table.tex").write_text(latex_table(table), encoding="utf-8")
+    with (arguments.root / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "alpha", "budget", "seed", "test_accuracy_percent"])
         for (method, level, budget, seed), value in scores.items():

@@ -13,6 +13,13 @@ from tests.helpers import CACHE_SETTINGS, tiny_federation
 for setting, value in CACHE_SETTINGS.items():
     jax.config.update(setting, value)
 
+# Most of a test's time is compilation, which these options halve. Flags of the caller come last and
+# win; child processes inherit them.
+CHEAP = ["--xla_backend_optimization_level=0"]
+if jax.__version_info__ < (0, 11):  # later ones have no such choice
+    CHEAP.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([*CHEAP, os.environ.get("XLA_FLAGS", "")]).strip()
+
 ORBAX_LEFTOVERS = "(?s).*(Event loop is closed|_read_array_index_and_device_put)"
 """Complaints of what a restore that failed leaves behind; they come at any time after it."""
 

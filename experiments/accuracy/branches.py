@@ -53,7 +53,7 @@ def write_tables(
         for level in arguments.levels
     ]
     text = "\n\n".join(tables)
-    (arguments.root / "table.md").write_text(text + "\n")
+    (arguments.root / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
@@ -77,5 +77,7 @@ def adopt_stages(source: Path, workdir: Path, stages: tuple[str, ...]) -> None:
     lines = [
         line for line in MetricsFile(source / "metrics.jsonl").read() if line["stage"] in stages
     ]
-    (fresh / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (fresh / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
     fresh.replace(workdir)

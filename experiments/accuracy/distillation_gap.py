@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
         for level in arguments.levels
     }
     text = table(cells)
-    (arguments.root / "table.md").write_text(text + "\n")
+    (arguments.root / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

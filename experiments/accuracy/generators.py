@@ -23,10 +23,10 @@ Every run resumes; started again, the command only judges and prints. The client
 `ROOT/clients.csv`, the pictures in each run's report.
 """
 
-import os
 import sys
 from pathlib import Path
 
+import joblib
 import numpy as np
 
 from experiments.accuracy.branches import HELD_OUT, adopt_stages, shared_stages, write_tables
@@ -171,15 +171,15 @@ def figures(workdir: Path, judge: Judge, clients: dict[str, np.ndarray]) -> dict
         "distilled": accuracies["distilled"],
         "fine-tuned": accuracies["fine-tuned"],
         "distilled − global": accuracies["distilled"] - accuracies["global"],
-        "core-seconds": seconds * len(os.sched_getaffinity(0)) / len(sizes),
+        "core-seconds": seconds * joblib.cpu_count() / len(sizes),
     }
 
 
 def write_clients(path: Path, names: list[object], clients: dict[str, np.ndarray]) -> None:
     """Add the clients' figures of a run to a file of comma-separated values."""
     if not path.exists():
-        path.write_text("level,seed,recipe,client,frechet,overlap\n")
-    with path.open("a") as file:
+        path.write_text("level,seed,recipe,client,frechet,overlap\n", encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
         for client, pair in enumerate(zip(clients["frechet"], clients["overlap"], strict=True)):
             text = [*names[:2], f'"{names[2]}"', client, *(f"{value:.3f}" for value in pair)]
             file.write(",".join(map(str, text)) + "\n")

@@ -13,7 +13,6 @@ small file system.
 import argparse
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -24,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -54,7 +54,9 @@ LONGEST = 600
 def start(workdir: Path) -> subprocess.Popen[str]:
     """Start the program, or let it go on."""
     command = launch.run_command("base:small", SETTINGS, f"--workdir={workdir}")
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
 
 
 def record_lines(workdir: Path) -> list[dict[str, Any]]:
@@ -62,7 +64,11 @@ def record_lines(workdir: Path) -> list[dict[str, Any]]:
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return []
-    read = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    read = [
+        line
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in read]
 
 
@@ -177,7 +183,7 @@ def main(arguments: argparse.Namespace) -> int:
     set_up_jax(clients=3)  # the devices that the runs have
     shutil.rmtree(root, ignore_errors=True)
     longest = undisturbed_seconds(truth)
-    print(f"undisturbed: {longest:.1f} s on {os.cpu_count()} cores", flush=True)
+    print(f"undisturbed: {longest:.1f} s on {joblib.cpu_count()} cores", flush=True)
     total: Counter[str] = Counter()
     wrong: list[str] = []
     trials = 0

@@ -65,6 +65,7 @@ def start_host(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"XLA_FLAGS": flags.strip()},
+        encoding="utf-8",
     )
 
 

@@ -206,8 +206,10 @@ def compare(arguments: argparse.Namespace) -> str:
     results = [measure(name, arguments, len(cores)) for name in arguments.works]
     text = f"{describe(results, len(cores))}\n\n{table(results)}\n"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "compare.md").write_text(text)
-    (arguments.out / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
+    (arguments.out / "compare.md").write_text(text, encoding="utf-8")
+    (arguments.out / "compare.json").write_text(
+        json.dumps(results, indent=1) + "\n", encoding="utf-8"
+    )
     return text
 
 

@@ -244,9 +244,9 @@ def write(folder: Path, facts: dict[str, Any], results: list[dict[str, Any]]) ->
     """Write conditions and results to a folder; return them as Markdown."""
     text = f"{describe(facts)}\n\n{table(results)}\n"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compare.md").write_text(text)
+    (folder / "compare.md").write_text(text, encoding="utf-8")
     whole = {"facts": facts, "results": results}
-    (folder / "compare.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (folder / "compare.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return text
 
 

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from mosaic_jax import compat
 from mosaic_jax.data import catalog, sources
 from mosaic_jax.types import Dataset, UserError, unknown_name
 
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--size", type=int, help="height and width in pixels")
     parser.add_argument("--out", type=Path, help="file of the sheet; default: NAME.png")
     arguments = parser.parse_args(argv[1:])
+    console = compat.console()
     try:
         if arguments.name is not None and arguments.name not in sources.SOURCES:
             raise UserError(unknown_name("data set", arguments.name, sources.names()))
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
         dataset = sources.load(
             arguments.name, directory=arguments.directory, image_size=arguments.size
         )
-        Console().print(_facts(dataset))
+        console.print(_facts(dataset))
         if arguments.command == "describe":
             out = arguments.out or Path(f"{arguments.name}.png")
             _draw(dataset, out)

@@ -5,13 +5,16 @@ not at all. Its name identifies the set, the image size and the source files, so
 another size make another entry.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +28,28 @@ SCHEMA_VERSION = 1
 
 
 def root() -> Path:
-    """Return the folder in which this program keeps a user's files between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mosaic_jax"
+    """Return the folder in which this program keeps a user's files between runs.
+
+    It is in the user's cache directory or, where that is not to be had, a temporary one.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(base) / "mosaic_jax"
+    return folder if folder.is_dir() else writable(folder)
+
+
+@lru_cache
+def writable(folder: Path) -> Path:
+    """Return a folder that can be written: this one or, as a warning says, a temporary one."""
+    try:
+        if not folder.is_absolute():  # "~" stays where there is no home
+            raise FileNotFoundError(errno.ENOENT, "no home directory")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        there = Path(tempfile.mkdtemp(prefix="mosaic_jax-"))
+        log.warning("%s cannot be written (%s); %s is used instead", folder, error.strerror, there)
+        return there
 
 
 def fingerprint(paths: list[Path]) -> str:
@@ -69,7 +92,7 @@ def _load(entry: Path) -> Splits | None:
     if not entry.is_dir():
         return None
     try:
-        about = json.loads((entry / "about.json").read_text())
+        about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
         arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in Splits._fields}
         sums = {name: _checksum(array) for name, array in arrays.items()}
         if about != {"form": SCHEMA_VERSION, "crc": sums}:
@@ -90,7 +113,9 @@ def _store(entry: Path, splits: Splits) -> None:
         for name, array in splits._asdict().items():
             np.save(partial / f"{name}.npy", np.ascontiguousarray(array))
         sums = {name: _checksum(array) for name, array in splits._asdict().items()}
-        (partial / "about.json").write_text(json.dumps({"form": SCHEMA_VERSION, "crc": sums}))
+        (partial / "about.json").write_text(
+            json.dumps({"form": SCHEMA_VERSION, "crc": sums}), encoding="utf-8"
+        )
         partial.rename(entry)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

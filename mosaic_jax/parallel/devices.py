@@ -2,18 +2,24 @@
 
 import logging
 import os
+import platform
 import warnings
+import zlib
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import joblib
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mosaic_jax.data import cache
 from mosaic_jax.types import Array, PyTree, UserError
+
+log = logging.getLogger(__name__)
 
 AXIS = "clients"
 """The one axis of the mesh."""
@@ -29,26 +35,62 @@ def set_up_jax(clients: int) -> None:
     """Make one CPU device a core, and cache compiled programs in the user's cache directory.
 
     XLA:CPU gains little from a second thread inside these small models, but clients on devices of
-    their own run side by side. Settings that the user has made stay.
+    their own run side by side. Settings that the user has made stay, and so do the devices of a
+    program that has used JAX before; a warning says so.
     """
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        cores = len(os.sched_getaffinity(0))
-        jax.config.update("jax_num_cpu_devices", min(cores, clients, CPU_DEVICES))
+    _set_cpu_devices(min(joblib.cpu_count(), clients, CPU_DEVICES))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache.root() / "compilation"))
+        folder = cache.writable(cache.root() / "compilation" / processor())
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     # Orbax reports every file it writes, and in full what it raises anyway.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")
 
 
+def _set_cpu_devices(count: int) -> None:
+    flag = "xla_force_host_platform_device_count"
+    if "JAX_NUM_CPU_DEVICES" in os.environ or flag in os.environ.get("XLA_FLAGS", ""):
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        there = jax.local_devices()
+        if there[0].platform == "cpu" and len(there) != count:
+            log.warning("JAX was used before: its %d CPU devices stay, not %d", len(there), count)
+
+
+def processor() -> str:
+    """Return a name of the CPU and its instructions: a program for another one may not run here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        facts = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):  # not Linux
+        facts = platform.processor()
+    return f"{platform.machine()}-{zlib.crc32(facts.encode()):08x}"
+
+
+def available_devices() -> list[jax.Device]:
+    """Return the devices of all hosts.
+
+    Raises:
+      UserError: the platform that was asked for is not there.
+    """
+    try:
+        return list(jax.devices())
+    except RuntimeError as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        hint = f" (JAX_PLATFORMS is {asked!r})" if asked else ""
+        raise UserError(f"JAX has no devices{hint}: {' '.join(str(error).split())}") from None
+
+
 def make_mesh(devices: int = 0) -> Mesh:
     """Make the mesh with the one axis `clients` over the first `devices` devices (0: all).
 
     Raises:
-      UserError: more devices asked for than there are.
+      UserError: more devices asked for than there are, or none of the platform asked for.
     """
-    available = jax.devices()
+    available = available_devices()
     if devices > len(available):
         raise UserError(
             f"parallel.devices = {devices}, but there are {len(available)} "

@@ -89,8 +89,8 @@ class Record:
         path = self.cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.json"
         if not path.exists():
             self.cache.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(dataclasses.asdict(figures(lowered))))
-        return Figures.read(json.loads(path.read_text()))
+            path.write_text(json.dumps(dataclasses.asdict(figures(lowered))), encoding="utf-8")
+        return Figures.read(json.loads(path.read_text(encoding="utf-8")))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ def write_page(runs: Sequence[Run], path: Path) -> None:
     for run in runs:
         parts += _run_parts(run)
     try:
-        path.write_text(html.page(title, parts))
+        path.write_text(html.page(title, parts), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mosaic_jax import report
+from mosaic_jax import compat, report
 from mosaic_jax.report.figures import draw_figures
 from mosaic_jax.report.tables import mean_table
 from mosaic_jax.run.reader import load
@@ -25,7 +25,7 @@ DESCRIPTION = (
 def main(argv: list[str]) -> int:
     """Report on the work directories named in `argv`; return the exit status."""
     try:
-        _report(_parse(argv), Console())
+        _report(_parse(argv), compat.console())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,13 +5,13 @@ that they call so are compiled in threads and wait for the calls on arrays, see 
 """
 
 import logging
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import jax
+import joblib
 
 from mosaic_jax.federation import Federation
 from mosaic_jax.parallel.programs import COMPILERS, shapes_of
@@ -39,7 +39,7 @@ def compiling_ahead(
     if federation.layout.debug or jax.process_count() > 1:
         yield
         return
-    threads, is_over = min(len(os.sched_getaffinity(0)), MOST_THREADS), threading.Event()
+    threads, is_over = min(joblib.cpu_count(), MOST_THREADS), threading.Event()
     with ThreadPoolExecutor(threads, "compile") as compilers:
         ended = compilers.submit(walk, stages, shapes_of(state), compilers, is_over)
         try:

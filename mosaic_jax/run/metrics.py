@@ -29,7 +29,7 @@ class MetricsFile:
         """Read all whole lines; a line cut off by a crash is left out."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+        lines = self.path.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True)
         try:
             return [json.loads(line) for line in lines if line.endswith("\n")]
         except json.JSONDecodeError as error:
@@ -41,7 +41,7 @@ class MetricsFile:
             return
         lines = [json.dumps(line) + "\n" for line in self.read() if wanted(line)]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(lines))
+        temporary.write_text("".join(lines), encoding="utf-8")
         temporary.replace(self.path)
 
     def write(self, stage: str, block: int, metrics: Mapping[str, Any]) -> None:
@@ -49,7 +49,7 @@ class MetricsFile:
         if not self.writes:
             return
         plain = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, "block": block, **plain}) + "\n")
 
 

@@ -4,6 +4,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def load(workdir: Path) -> Run:
             for path in sorted(workdir.glob("answers_*.npz"))
         },
         finished=(workdir / "summary.json").exists(),
-        command=_read(workdir / "command.txt", Path.read_text) or "",
+        command=_read(workdir / "command.txt", partial(Path.read_text, encoding="utf-8")) or "",
     )
 
 
@@ -120,7 +121,7 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text()))
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -99,13 +99,13 @@ class WeightsAndBiases:
 
         path = workdir / "wandb_id"
         if not path.exists():
-            path.write_text(secrets.token_hex(8))
+            path.write_text(secrets.token_hex(8), encoding="utf-8")
         try:
             self.run = wandb.init(
                 project="mosaic_jax",
                 name=workdir.name,
                 dir=workdir,
-                id=path.read_text(),
+                id=path.read_text(encoding="utf-8"),
                 resume="allow",
                 config=asdict(config),
             )

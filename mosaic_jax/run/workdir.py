@@ -5,8 +5,9 @@ not at all.
 """
 
 import dataclasses
-import fcntl
+import errno
 import json
+import logging
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,6 +25,16 @@ from mosaic_jax.settings import changes_results
 from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import UserError
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, which `compat.check_system` answers
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP}
+"""What `flock` answers on file systems without locks."""
+
 
 def create_or_check(workdir: Path, config: Config) -> None:
     """Write `config.json`, or check that the directory's is the same.
@@ -38,7 +49,7 @@ def create_or_check(workdir: Path, config: Config) -> None:
     here = flatten_dict(settings, sep=".")
     if path.exists():
         try:
-            there = flatten_dict(json.loads(path.read_text()), sep=".")
+            there = flatten_dict(json.loads(path.read_text(encoding="utf-8")), sep=".")
         except (json.JSONDecodeError, AssertionError) as error:
             raise UserError(f"{path} is not a config: {error}") from None
         different = [
@@ -67,14 +78,21 @@ def create_or_check(workdir: Path, config: Config) -> None:
 def lock(workdir: Path) -> Iterator[None]:
     """Lock a work directory against a second program; the system unlocks it when this one ends.
 
+    Some network file systems have no locks; there, a warning says that nothing keeps two programs
+    apart.
+
     Raises:
       UserError: another program works there.
     """
-    with (workdir / "in_use").open("a") as file:
+    with (workdir / "in_use").open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another program is running in {workdir}") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            log.warning("no lock on %s (%s): start only one program there", workdir, error.strerror)
         file.truncate(0)
         file.write(secrets.token_hex())
         file.flush()
@@ -87,7 +105,7 @@ def token(workdir: Path) -> str:
     Hosts that read the same token share the directory.
     """
     path = workdir / "in_use"
-    return path.read_text() if path.exists() else ""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def stacks(workdir: Path) -> Path:

@@ -12,6 +12,7 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from mosaic_jax.sweep import cores
 from mosaic_jax.types import TERMINATED, USER_ERROR
+
+RSS_BYTES = 1 if sys.platform == "darwin" else 1024
+"""Bytes in the unit of a process's `ru_maxrss`."""
 
 LOST = 1
 """The status of a job that its engine could not start, or lost."""
@@ -57,7 +62,7 @@ class Job:
     def record(self) -> dict[str, Any]:
         """Read the facts of the job's starts; empty before the first."""
         try:
-            return dict(json.loads((self.root / f"{self.name}.json").read_text()))
+            return dict(json.loads((self.root / f"{self.name}.json").read_text(encoding="utf-8")))
         except (FileNotFoundError, ValueError):
             return {}
 
@@ -121,7 +126,7 @@ class Job:
             self._note(starts=-1)
         elif task == 0:
             # A process has at least the resident set of its parent, which computes nothing here.
-            peak = max(self.record().get("peak_bytes", 0), end[2].ru_maxrss * 1024)
+            peak = max(self.record().get("peak_bytes", 0), end[2].ru_maxrss * RSS_BYTES)
             seconds = time.monotonic() - begin
             self._note(status=status, peak_bytes=peak, seconds=seconds, ends=1)
         return status
@@ -132,7 +137,7 @@ class Job:
         for name, more in (("seconds", seconds), ("starts", starts), ("ends", ends)):
             record[name] = round(record[name] + more, 3)
         temporary = self.root / f".{self.name}.json"
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         temporary.replace(self.root / f"{self.name}.json")
 
     def checkpoint(self) -> Any:
@@ -161,12 +166,12 @@ class Local:
     def __init__(self, jobs: int):
         self.processes: set[int] = set()
         self.shares: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
-        for share in core_shares(sorted(os.sched_getaffinity(0)), jobs):
+        for share in cores.shares(cores.usable(), jobs):
             self.shares.put(share)
 
     def enter(self) -> None:
         """Bind a thread, and with it the processes it starts, to its share of the cores."""
-        os.sched_setaffinity(0, self.shares.get_nowait())
+        cores.bind(self.shares.get_nowait())
 
     def run(self, job: Job) -> int:
         """Run the job in a process of its own; return its exit status."""
@@ -177,12 +182,6 @@ class Local:
         while self.processes:
             with contextlib.suppress(KeyError, ProcessLookupError):
                 os.kill(self.processes.pop(), signal.SIGTERM)
-
-
-def core_shares(cores: list[int], jobs: int) -> list[set[int]]:
-    """Return the cores of each of several concurrent jobs; disjoint where there are enough."""
-    each = max(1, len(cores) // jobs)
-    return [{cores[(job * each + i) % len(cores)] for i in range(each)} for job in range(jobs)]
 
 
 class Submitit:
@@ -269,7 +268,7 @@ def finish_job(job: Job, engine: Engine, retries: int, stopping: threading.Event
             status = engine.run(job)
         except Exception as error:  # whatever went wrong here, the other jobs go on
             status = LOST
-            with contextlib.suppress(OSError), job.log().open("a") as log:
+            with contextlib.suppress(OSError), job.log().open("a", encoding="utf-8") as log:
                 log.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
         if job.is_refused(status):
             stopping.wait(PAUSE)

@@ -4,15 +4,18 @@ The client sweep, the method table, the plan of a slice and the experiments shar
 """
 
 import argparse
+import ast
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from mosaic_jax import settings
+from mosaic_jax import compat, settings
 from mosaic_jax.config import Config
 from mosaic_jax.federation import load_federation
 from mosaic_jax.run import experiment
@@ -25,7 +28,7 @@ from mosaic_jax.run.results import (
     TUNED_STUDENT,
     result_rows,
 )
-from mosaic_jax.types import UserError
+from mosaic_jax.types import UserError, unknown_name
 
 Settings = Mapping[str, Any]
 """`{"section.setting": value}`."""
@@ -66,9 +69,14 @@ def configure(get_config: GetConfig, options: str, seed: int, *changes: Settings
       UserError: a setting is wrong, see `from_config_dict`.
     """
     config = get_config(options)
-    config.seed = seed
-    for change in changes:
-        config.update_from_flattened_dict(dict(change))
+    config.seed, known = seed, settings.names()
+    for name, value in (pair for change in changes for pair in change.items()):
+        if name not in known:
+            raise UserError(unknown_name("setting", name, known))
+        try:
+            config.update_from_flattened_dict({name: value})
+        except TypeError as error:
+            raise UserError(f"{name}: {error}") from None
     return settings.from_config_dict(config.to_dict())
 
 
@@ -115,9 +123,22 @@ def print_progress(stage: object, done: int, seconds: float, figures: Mapping[st
 
 
 def command_parser(doc: str | None, program: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser whose help is a module's docstring as it stands."""
+    """Return a parser whose help is a module's docstring as it stands.
+
+    From now on the process prints UTF-8, and ends with one line at an error that the user can mend.
+    """
+    compat.print_utf8()
+    sys.excepthook = _one_line
     layout = argparse.RawTextHelpFormatter
     return argparse.ArgumentParser(program, description=doc, formatter_class=layout)
+
+
+def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print what nothing has caught: a `UserError` without its traceback."""
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def cell_parser(doc: str | None, root: str, levels: list[str]) -> argparse.ArgumentParser:
@@ -140,12 +161,18 @@ def add_settings(
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """Parse `NAME=VALUE`; the value is JSON, and a word needs no quotation marks."""
-    name, _, value = text.partition("=")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+    """Parse `NAME=VALUE`; the value is Python or JSON, and a word needs no quotation marks.
+
+    Raises:
+      ValueError: there is no equals sign.
+    """
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ValueError(text)
+    for parse in (ast.literal_eval, json.loads):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return name, parse(value)
+    return name, value
 
 
 def add_config(parser: argparse.ArgumentParser, default: str = "digits") -> None:

@@ -77,7 +77,7 @@ def measured(job: Job) -> Measured | None:
     if not (job.workdir / "summary.json").exists():
         return None
     run, starts = reader.load(job.workdir), job.record()
-    stages = json.loads((job.workdir / "summary.json").read_text()).values()
+    stages = json.loads((job.workdir / "summary.json").read_text(encoding="utf-8")).values()
     return Measured(
         accuracy=launch.final_accuracy(launch.accuracies(job.workdir)),
         client_steps_per_second=client_steps_per_second(run),
@@ -124,7 +124,7 @@ def rows(cells: Iterable[Cell], found: Mapping[Cell, Measured]) -> list[list[str
 
 def write_cells(jobs: Mapping[Cell, Job], found: Mapping[Cell, Measured], path: Path) -> None:
     """Write a CSV file with a row a cell; unknown figures are left empty."""
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*Cell._fields, "status", "starts", *Measured._fields])
         for cell, job in jobs.items():
@@ -175,7 +175,7 @@ def write(jobs: Mapping[Cell, Job], root: Path) -> str:
     """Write table, cells and figure of the cells that have ended; return the table as Markdown."""
     found = {cell: each for cell, job in jobs.items() if (each := measured(job))}
     table = f"{markdown_table(rows(jobs, found))}\n\n{NOTES}"
-    (root / "table.md").write_text(table + "\n")
+    (root / "table.md").write_text(table + "\n", encoding="utf-8")
     write_cells(jobs, found, root / "cells.csv")
     figure(jobs, found, root / "sweep.png")
     return table

@@ -5,7 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers import CACHE, ROOT
+from tests.helpers import CACHE, ROOT, TINY
+
+FEDAVG = ["--config=base", "--config.method=fedavg"] + [
+    f"--config.{name}={value}"
+    for name, value in TINY.items()
+    if name.partition(".")[0] in ("data", "partition", "model", "local_update")
+]
+"""Flags of a tiny run of two rounds."""
 
 
 def start(*arguments: str, cwd: Path = ROOT) -> subprocess.Popen:

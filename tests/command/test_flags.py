@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from mosaic_jax import main
 from mosaic_jax.settings import config_files
 from tests.command.program import command
 
@@ -102,20 +103,28 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_ends_with_one_clear_line(case, tmp_path):
+def test_bad_input_ends_with_one_clear_line(case, tmp_path, capsys):
     arguments, expected = BAD[case]
-    done = command(*arguments, f"--workdir={tmp_path / 'run'}")
-    assert done.returncode == 2, done.stderr
-    assert re.fullmatch(r"error: .+\n", done.stderr), done.stderr
-    assert expected in done.stderr
+    status = main.main(["main", *arguments, f"--workdir={tmp_path / 'run'}"])
+    printed = capsys.readouterr()
+    assert status == 2, printed.err
+    assert re.fullmatch(r"error: .+\n", printed.err), printed.err
+    assert expected in printed.err
     assert not (tmp_path / "run").exists()
 
 
+def test_the_process_ends_with_the_line_and_the_status():
+    done = command(*BAD["mistyped setting"][0])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {BAD['mistyped setting'][1]}\n"
+
+
 @pytest.mark.parametrize("argument", ["--help", "--config"])
-def test_help_names_flags_sections_and_configs(argument):
-    done = command(argument)
-    assert done.returncode == 0, done.stderr
+def test_help_names_flags_sections_and_configs(argument, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main.main(["main", argument]) == 0
+    printed = capsys.readouterr().out
     for name in config_files():
-        assert f"--config={name}" in done.stdout
+        assert f"--config={name}" in printed
     flags = ("--workdir", "--plan", "--coordinator", "--config.NAME=VALUE", "local_update")
-    assert all((flag in done.stdout) == (argument == "--help") for flag in flags)
+    assert all((flag in printed) == (argument == "--help") for flag in flags)

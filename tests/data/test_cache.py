@@ -63,8 +63,9 @@ def test_a_damaged_entry_is_taken_away_and_decoded_again(nowhere, caplog, damage
 
 def test_a_cache_that_cannot_be_written_costs_a_warning_only(nowhere, monkeypatch, caplog):
     small_sets.write("svhn", nowhere / "set")
-    (nowhere / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(nowhere / "file"))
+    (nowhere / "cache/mosaic_jax").mkdir(parents=True)
+    (nowhere / "cache/mosaic_jax/data").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(nowhere / "cache"))
     assert len(load("svhn", directory=nowhere / "set").train_labels) == 20
     assert "not kept" in caplog.text
 

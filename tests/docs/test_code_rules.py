@@ -45,7 +45,7 @@ def function_lengths(path: Path) -> dict[str, int]:
     """Return the lines of every function, from `def` to its end: `{"file:line name": lines}`."""
     return {
         f"{path}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
-        for node in ast.walk(parsed(path.read_text()))
+        for node in ast.walk(parsed(path.read_text(encoding="utf-8")))
         if isinstance(node, FUNCTIONS)
     }
 
@@ -75,7 +75,7 @@ def names_at_the_top(package: Path) -> list[str]:
 def imported(path: Path) -> list[tuple[int, str]]:
     """Return every imported name with its line, `from a import b` as `a.b`."""
     found = []
-    for node in ast.walk(parsed(path.read_text())):
+    for node in ast.walk(parsed(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -116,6 +116,31 @@ def docstrings_without_verb(paths: list[Path]) -> list[str]:
     return found
 
 
+def text_without_encoding(paths: list[Path]) -> list[str]:
+    """Return the calls that read or write text in the encoding of the locale."""
+    found = []
+    for path in paths:
+        for node in ast.walk(parsed(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and is_text(node):
+                found.append(f"{path}:{node.lineno}")
+    return found
+
+
+def is_text(call: ast.Call) -> bool:
+    """Return whether a call opens text, and does not say how it is encoded."""
+    name = ast.unparse(call.func)
+    names = {each.arg for each in call.keywords}
+    if "encoding" in names:
+        return False
+    if name.endswith((".read_text", ".write_text")):
+        return True
+    if name == "open" or name.endswith(".open"):
+        mode = [each.value for each in call.args if isinstance(each, ast.Constant)]
+        binary = any("b" in str(each) for each in mode)
+        return not binary and not name.startswith(("tarfile.", "Image.", "gzip.", "bz2."))
+    return name in ("subprocess.run", "subprocess.Popen") and "text" in names
+
+
 def test_no_file_is_long():
     assert long_files(files(*FOLDERS)) == []
 
@@ -135,6 +160,10 @@ def test_the_package_shows_few_names():
 
 def test_no_test_file_imports_another():
     assert imported_tests(files("tests")) == []
+
+
+def test_text_is_utf8_whatever_the_locale():
+    assert text_without_encoding(files("mosaic_jax", "experiments")) == []
 
 
 def test_docstrings_begin_with_a_verb():
@@ -205,3 +234,20 @@ def test_a_docstring_without_verb_is_found_with_its_line(written):
     thing = 'class A:\n    """The A."""\n\n    @property\n    def b(self):\n        """The b."""\n'
     assert docstrings_without_verb([written(thing)]) == []
     assert docstrings_without_verb([written('def f():\n    """Return the loss."""\n')]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "is_found"),
+    [
+        ("path.read_text()", True),
+        ("path.read_text(encoding='utf-8')", False),
+        ("path.open('a')", True),
+        ("path.open('r+b')", False),
+        ("open(path)", True),
+        ("gzip.open(path)", False),
+        ("subprocess.run(words, text=True)", True),
+        ("subprocess.run(words)", False),
+    ],
+)
+def test_text_in_the_encoding_of_the_locale_is_found(written, text, is_found):
+    assert bool(text_without_encoding([written(text)])) == is_found

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mosaic_jax.run import workdir
+from mosaic_jax.sweep import cores
 from mosaic_jax.sweep import engine as sweep_engine
 from mosaic_jax.sweep.engine import Job, Local
 from mosaic_jax.types import UserError
@@ -99,8 +100,8 @@ def test_only_this_very_command_has_ended(tmp_path):
 
 
 def test_jobs_at_a_time_share_the_cores(tmp_path):
-    assert sweep_engine.core_shares([0, 1, 2, 3, 4], 2) == [{0, 1}, {2, 3}]
-    assert sweep_engine.core_shares([3, 5], 3) == [{3}, {5}, {3}]
+    assert cores.shares([0, 1, 2, 3, 4], 2) == [{0, 1}, {2, 3}]
+    assert cores.shares([3, 5], 3) == [{3}, {5}, {3}]
     jobs = [shell(tmp_path, f"job{i}", "nproc; sleep 0.3") for i in range(2)]
     mine = os.sched_getaffinity(0)
     run(jobs)

@@ -81,7 +81,7 @@ def rows(module: str, options: Options, deadline: float, **arguments: Any) -> It
     """
     message = {"small": options.small, "folder": str(options.folder), **arguments}
     command = [sys.executable, "-m", f"{__package__}.{module}", json.dumps(message)]
-    with (options.folder / f"{module}.log").open("a+") as log:
+    with (options.folder / f"{module}.log").open("a+", encoding="utf-8") as log:
         start, late = log.seek(0, os.SEEK_END), threading.Event()
         process = subprocess.Popen(
             command,
@@ -90,6 +90,7 @@ def rows(module: str, options: Options, deadline: float, **arguments: Any) -> It
             text=True,
             env=os.environ | options.environment,
             start_new_session=True,  # so that its own children can be killed with it
+            encoding="utf-8",
         )
         timer = threading.Timer(max(deadline - time.monotonic(), 0), _end, (process, late))
         timer.start()

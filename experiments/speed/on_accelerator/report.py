@@ -67,6 +67,6 @@ def table(rows: Sequence[Row]) -> str:
 
 def write(folder: Path, facts: Mapping[str, str], sections: Sequence[Section]) -> None:
     """Write `report.md` and `report.json`."""
-    (folder / "report.md").write_text(markdown(facts, sections))
+    (folder / "report.md").write_text(markdown(facts, sections), encoding="utf-8")
     found = {"facts": dict(facts), "sections": [asdict(section) for section in sections]}
-    (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

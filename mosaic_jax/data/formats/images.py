@@ -1,13 +1,13 @@
 """Readers of sets of image files: Tiny-ImageNet, FOOD101, and a user's folder of class folders."""
 
 import io
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+import joblib
 import numpy as np
 from PIL import Image
 
@@ -62,7 +62,7 @@ def _decode_all(
     def decode(entry: tuple[str, bytes]) -> np.ndarray:
         return decoded(f"{path}/{entry[0]}", entry[1], size)
 
-    with Members(path) as members, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with Members(path) as members, ThreadPoolExecutor(joblib.cpu_count()) as pool:
         # An archive can only be read in order, so one thread reads and all cores decode.
         found = wanted(members)
         while chunk := list(islice(found, READ_AHEAD)):

@@ -44,7 +44,9 @@ def read(folder: Path, num_classes: int) -> Splits:
       UserError: the directory has another file format or is damaged.
     """
     with reading(folder):
-        kind = json.loads((folder / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
+        kind = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8")).get(
+            "fileFormat", "tfrecord"
+        )
     if kind != "array_record":
         raise UserError(
             f"{folder} is prepared as {kind}, which takes TensorFlow to read; prepare it anew with "
