@@ -54,7 +54,7 @@ def images(name: str, per_class: int = 2, seed: int = 0) -> Splits:
 
 def write_idx(folder: Path, splits: Splits, zipped: bool = True) -> None:
     """Write MNIST's four files."""
-    for stem, array in zip(IDX_STEMS, splits, strict=True):
+    for stem, array in zip(IDX_STEMS, splits.arrays().values(), strict=True):
         array = array.squeeze(-1) if array.ndim == 4 else array.astype(np.uint8)
         header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
         content = header + array.tobytes()
@@ -213,7 +213,7 @@ def write_zip(path: Path, top: str, files: dict[str, bytes]) -> None:
 
 def write_npz(folder: Path, splits: Splits) -> None:
     """Write a user's arrays."""
-    np.savez_compressed(folder / "own.npz", **splits._asdict())
+    np.savez_compressed(folder / "own.npz", **splits.arrays())  # type: ignore[arg-type]
 
 
 def _in_folder(top: str, files: Callable[[Splits], dict[str, bytes]]) -> "Writer":

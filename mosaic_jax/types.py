@@ -48,6 +48,7 @@ class Dataset:
       num_classes: number of classes; labels lie in [0, num_classes).
       mean: per-channel mean of images scaled to [0, 1], for the classifier's normalisation.
       std: per-channel standard deviation of the same.
+      class_names: in the order of the labels; by default the labels themselves.
     """
 
     name: str
@@ -58,6 +59,12 @@ class Dataset:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.class_names:
+            names = tuple(map(str, range(self.num_classes)))
+            object.__setattr__(self, "class_names", names)
 
     def fingerprint(self) -> str:
         """Return a checksum of all images and labels: the same on every host."""

@@ -52,6 +52,9 @@ TINY = {
     "knowledge_distillation.images_per_generator": 4,
     "fine_tuning.rounds": 1,
 }
+ROUNDS = {"method": "fedavg", "run.checkpoint_every": 1, "local_update.rounds": 5}
+"""Settings of a run of rounds alone, where what is tested is the same for every stage."""
+
 BLOCKS = {
     "run.checkpoint_every": 1,
     "local_update.rounds": 3,

@@ -82,10 +82,16 @@ def _facts(dataset: Dataset) -> Table:
         for labels in (dataset.train_labels, dataset.test_labels)
     ]
     for label, (train, test) in enumerate(zip(*counts, strict=True)):
-        table.add_row(str(label), str(train), str(test))
+        table.add_row(_named(dataset, label), str(train), str(test))
     table.add_section()
     table.add_row("all", str(len(dataset.train_labels)), str(len(dataset.test_labels)))
     return table
+
+
+def _named(dataset: Dataset, label: int) -> str:
+    """Return a class's label, with its name where it has another one."""
+    name = dataset.class_names[label]
+    return name if name == str(label) else f"{label} {name}"
 
 
 def _draw(dataset: Dataset, path: Path) -> None:
@@ -106,7 +112,8 @@ def _draw(dataset: Dataset, path: Path) -> None:
     drawing = Figure(figsize=(14, 1 + 0.5 * len(classes)), layout="constrained")
     images, bars = drawing.subplots(1, 2, width_ratios=[2, 1])
     images.imshow(sheet.squeeze(), cmap="gray" if sheet.shape[2] == 1 else None)
-    images.set_yticks((np.arange(len(classes)) + 0.5) * size, classes)
+    names = [_named(dataset, label) for label in classes]
+    images.set_yticks((np.arange(len(classes)) + 0.5) * size, names)
     images.set(xticks=[], ylabel="class", title=f"{dataset.name}, training images")
     for labels, name in ((dataset.train_labels, "training"), (dataset.test_labels, "test")):
         heights = np.bincount(labels, minlength=dataset.num_classes)

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from mosaic_jax.data.formats.base import Splits
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of an entry's layout; entries of another version are decoded again."""
 
 
@@ -53,15 +54,19 @@ def writable(folder: Path) -> Path:
 
 
 def fingerprint(paths: list[Path]) -> str:
-    """Hash the path, size and modification time of files and of all files in folders."""
+    """Hash path, size and times of files and of all files in folders.
+
+    The time of the last change of a file's status is among them: whoever overwrites a file can set
+    the time of its modification back, but not this one.
+    """
     state = hashlib.sha256()
     for path in paths:
         inside = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]
         for file in [str(path), *sorted(inside)]:
             # Every file is looked at, because overwriting one in place changes no folder.
             status = os.stat(file)
-            line = f"{os.path.abspath(file)}|{status.st_size}|{status.st_mtime_ns}\n"
-            state.update(os.fsencode(line))
+            times = f"{status.st_mtime_ns}|{status.st_ctime_ns}"
+            state.update(os.fsencode(f"{os.path.abspath(file)}|{status.st_size}|{times}\n"))
     return state.hexdigest()[:16]
 
 
@@ -93,15 +98,22 @@ def _load(entry: Path) -> Splits | None:
         return None
     try:
         about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
-        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in Splits._fields}
-        sums = {name: _checksum(array) for name, array in arrays.items()}
-        if about != {"form": SCHEMA_VERSION, "crc": sums}:
+        names = [name for name in Splits._fields if name != "class_names"]
+        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in names}
+        splits = Splits(**arrays, class_names=tuple(about.get("class_names", ())))
+        if about != _about(splits):
             raise ValueError("checksum differs")
     except (OSError, ValueError) as error:
         log.warning("decoded images in %s are damaged (%s) and decoded again", entry, error)
         shutil.rmtree(entry, ignore_errors=True)
         return None
-    return Splits(**arrays)
+    return splits
+
+
+def _about(splits: Splits) -> dict[str, Any]:
+    """Return what an entry says of itself."""
+    sums = {name: _checksum(array) for name, array in splits.arrays().items()}
+    return {"form": SCHEMA_VERSION, "crc": sums, "class_names": list(splits.class_names)}
 
 
 def _store(entry: Path, splits: Splits) -> None:
@@ -110,12 +122,9 @@ def _store(entry: Path, splits: Splits) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        for name, array in splits._asdict().items():
+        for name, array in splits.arrays().items():
             np.save(partial / f"{name}.npy", np.ascontiguousarray(array))
-        sums = {name: _checksum(array) for name, array in splits._asdict().items()}
-        (partial / "about.json").write_text(
-            json.dumps({"form": SCHEMA_VERSION, "crc": sums}), encoding="utf-8"
-        )
+        (partial / "about.json").write_text(json.dumps(_about(splits)), encoding="utf-8")
         partial.rename(entry)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -34,6 +34,7 @@ class Published:
       downloads: addresses and MD5s of the files in one of the formats.
       hint: a shell command that installs the files.
       system: folders that this command puts them into.
+      class_names: in the order of the labels, where the files do not say them.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Published:
     downloads: Sequence[download.Download]
     hint: str = ""
     system: list[Path] = field(default_factory=list)
+    class_names: tuple[str, ...] = ()
 
 
 class Found(NamedTuple):
@@ -78,7 +80,14 @@ def read(published: Published, request: Request) -> Dataset:
         raise UserError(missing(published, request.directory))
     size = request.image_size
     splits = cache.cached(f"{published.name}-{size}", found.paths, partial(found.read, size))
-    return Dataset(published.name, *splits, published.num_classes, published.mean, published.std)
+    named = splits._replace(class_names=splits.class_names or published.class_names)
+    return Dataset(
+        name=published.name,
+        num_classes=published.num_classes,
+        mean=published.mean,
+        std=published.std,
+        **named._asdict(),
+    )
 
 
 def find(published: Published, directory: Path | None) -> Found | None:
@@ -113,7 +122,7 @@ def places(published: Published, directory: Path | None) -> list[Path]:
 
 def _tfds_directories(directory: Path | None) -> list[Path]:
     """Return tensorflow-datasets' default directory, unless the user names another folder."""
-    default = os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
+    default = os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
     return [] if directory else [Path(default)]
 
 
@@ -187,6 +196,10 @@ SETS = {
             ),
             hint="apt-get install dataset-fashion-mnist",
             system=[Path("/usr/share/datasets/fashion-mnist")],
+            class_names=(
+                *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
+                *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+            ),
         ),
         Published(
             "svhn",
@@ -211,6 +224,10 @@ SETS = {
             _at(
                 "https://www.cs.toronto.edu/~kriz",
                 ("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
+            ),
+            class_names=(
+                *("airplane", "automobile", "bird", "cat", "deer"),
+                *("dog", "frog", "horse", "ship", "truck"),
             ),
         ),
         Published(

@@ -92,6 +92,10 @@ def _check(name: str, dataset: Any) -> None:
     if not isinstance(dataset, Dataset):
         raise UserError(f"data set {name!r} is read as a {type(dataset).__name__}, not a Dataset")
     classes, shape = dataset.num_classes, dataset.train_images.shape[1:]
+    if len(dataset.class_names) != classes:
+        raise UserError(
+            f"data set {name!r} has {classes} classes, but {len(dataset.class_names)} names of them"
+        )
     for split in ("train", "test"):
         images, labels = (getattr(dataset, f"{split}_{part}") for part in ("images", "labels"))
         problem = ""

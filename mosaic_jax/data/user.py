@@ -1,14 +1,18 @@
 """A user's own data set at `data.directory`: a folder of class folders, or an `.npz` file."""
 
+import hashlib
+import logging
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from mosaic_jax.data import cache
+from mosaic_jax.data.formats import folders
 from mosaic_jax.data.formats.base import Request, Splits, labelled, reading, statistics
-from mosaic_jax.data.formats.images import read_folders
 from mosaic_jax.types import Dataset, UserError
+
+log = logging.getLogger(__name__)
 
 ARRAYS = {
     "train_images": "x_train",
@@ -22,7 +26,9 @@ ARRAYS = {
 def read(request: Request) -> Dataset:
     """Read the set at `data.directory`, its images squeezed to `data.image_size`.
 
-    A folder holds `train/CLASS/picture` and `test/CLASS/picture`. An `.npz` holds `train_images`
+    A folder holds `train/CLASS/picture` and `test/CLASS/picture`, see `folders.listing` and
+    `images.decoded`. What it leaves out is logged, and how many test images are training images,
+    too. An `.npz` holds `train_images`
     uint8 [n, height, width] or [n, height, width, channels], `train_labels` [n], and the same of
     `test` (or `x_train`, `y_train`, `x_test`, `y_test`).
 
@@ -38,7 +44,11 @@ def read(request: Request) -> Dataset:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if path.is_dir():
-        splits = cache.cached(f"own-{size}", [path], lambda: read_folders(path, size))
+        found = folders.listing(path)
+        if left_out := found.said():
+            log.warning("left out of %s: %s", path, left_out)
+        key = f"own-{size}"
+        splits = cache.cached(key, found.files(), lambda: folders.read_folders(found, size))
     else:
         splits = cache.cached(f"own-{size}", [path], lambda: _from_npz(path, size))
     classes = int(splits.train_labels.max()) + 1
@@ -46,7 +56,25 @@ def read(request: Request) -> Dataset:
     if (counts == 0).any():
         raise UserError(f"{path} has no training images of class {int(counts.argmin())}")
     mean, std = statistics(splits.train_images)
-    return Dataset("own", *splits, classes, mean, std)
+    _say_repeated(path, splits)
+    return Dataset(name="own", num_classes=classes, mean=mean, std=std, **splits._asdict())
+
+
+def _say_repeated(path: Path, splits: Splits) -> None:
+    """Log how many test images are training images, too, and which classes have no test image."""
+    known = {_digest(image) for image in splits.train_images}
+    repeated = sum(_digest(image) in known for image in splits.test_images)
+    if repeated:
+        total = len(splits.test_images)
+        log.warning("%s: %d of %d test images are training images, too", path, repeated, total)
+    untested = sorted(set(splits.train_labels.tolist()) - set(splits.test_labels.tolist()))
+    if untested:
+        names = ", ".join(splits.class_names[i] if splits.class_names else str(i) for i in untested)
+        log.warning("%s has no test images of %d classes: %s", path, len(untested), names)
+
+
+def _digest(image: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
 
 
 def _from_npz(path: Path, size: int) -> Splits:

@@ -1,7 +1,7 @@
 """Show what a run is going to do: clients, layout, memory, traffic and time."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -14,10 +14,11 @@ from mosaic_jax import parallel
 from mosaic_jax.federation import Federation, capacities
 from mosaic_jax.stages.stage import Stage, State
 from mosaic_jax.trees import num_bytes
+from mosaic_jax.types import Dataset
 
-SHOWN_CLIENTS, COUNTED_CLASSES, COLUMNS = 20, 12, 50
-"""Most clients with a row of their own; most classes whose images are counted rather than shaded;
-shaded classes that fit side by side."""
+WIDTH, SHOWN_CLIENTS, COLUMNS, NAMED = 80, 20, 40, 20
+"""Letters across a terminal; most clients with a row of their own; shaded classes side by side;
+most classes that are named. Classes whose counts do not fit side by side are shaded."""
 
 SHADES = " ░▒▓█"
 
@@ -28,33 +29,55 @@ def plan(federation: Federation, stages: list[Stage], workdir: Path) -> Renderab
 
 
 def _clients(federation: Federation) -> Table:
-    """Return a row a client: images, share of the model, and classes as counts or a heat map."""
-    config, counts = federation.config, federation.clients.class_counts
-    table = Table(
-        title=f"{config.method} on {config.data.name}, alpha {config.partition.alpha:g}, "
-        f"seed {config.seed}"
-    )
-    table.add_column("client", justify="right")
-    table.add_column("images", justify="right")
-    shares, counted = capacities(config), counts.shape[1] <= COUNTED_CLASSES
+    """Return a row a client."""
+    config = federation.config
+    title = f"{config.method} on {config.data.name}, alpha {config.partition.alpha:g}"
+    counts, shares = federation.clients.class_counts, capacities(config)
+    return client_table(f"{title}, seed {config.seed}", counts, shares)
+
+
+def client_table(title: str, counts: np.ndarray, shares: Sequence[float]) -> Table:
+    """Return a row a client: images, share of the model, and classes as counts or a heat map.
+
+    Args:
+      title: of the table.
+      counts: images, [clients, classes].
+      shares: of the model that each client holds.
+    """
     narrow = min(shares) < 1
+    padding = _padding_that_fits(counts, narrow)
+    counted = padding is not None
+    table = Table(title=title, padding=(0, padding if padding is not None else 1))
+    table.add_column("client", justify="right", no_wrap=True)
+    table.add_column("images", justify="right", no_wrap=True)
     if narrow:
-        table.add_column("share", justify="right", min_width=4)
+        table.add_column("share", justify="right", no_wrap=True)
     for label in map(str, range(counts.shape[1])) if counted else [_heat_title(counts.shape[1])]:
         table.add_column(label, justify="right" if counted else "left", no_wrap=True)
 
     def classes(row: np.ndarray) -> list[str]:
         return [str(n) if n else "·" for n in row] if counted else [_heat(row, counts.max())]
 
-    for client in range(min(federation.num_clients, SHOWN_CLIENTS)):
-        share = [f"{shares[client]:g}"] if narrow else []
+    for client in range(min(len(counts), SHOWN_CLIENTS)):
+        share = [f"{shares[client]:.4g}"] if narrow else []
         table.add_row(str(client), str(counts[client].sum()), *share, *classes(counts[client]))
     total = counts.sum(axis=0)
     table.add_section()
     mean = [f"{np.mean(shares):.2f}"] if narrow else []
     last = classes(total) if counted else [_heat(total, total.max())]
-    table.add_row(f"all {federation.num_clients}", str(total.sum()), *mean, *last)
+    table.add_row(f"all {len(counts)}", str(total.sum()), *mean, *last)
     return table
+
+
+def _padding_that_fits(counts: np.ndarray, narrow: bool) -> int | None:
+    """Return the spaces about each number with which all classes fit, or None if none do."""
+    total, classes = counts.sum(axis=0), counts.shape[1]
+    cells = [max(len(str(label)), len(str(total[label]))) for label in range(classes)]
+    own = [max(6, len(f"all {len(counts)}")), max(6, len(str(total.sum()))), *[6] * narrow]
+    for padding in (1, 0):
+        if sum(width + 2 * padding + 1 for width in (*own, *cells)) + 1 <= WIDTH:
+            return padding
+    return None
 
 
 def _heat_title(classes: int) -> str:
@@ -84,6 +107,7 @@ def _facts(federation: Federation, stages: list[Stage], workdir: Path) -> Table:
     facts = {
         "images": f"{dataset.image_shape}, {len(dataset.train_labels)} for training, "
         f"{len(dataset.test_labels)} for testing",
+        **_classes(dataset),
         "model": f"{config.model.name} of width {config.model.width}, {size:,} parameters, "
         f"{config.model.dtype}",
         "devices": f"{devices} of {jax.process_count()} host(s), "
@@ -101,6 +125,15 @@ def _facts(federation: Federation, stages: list[Stage], workdir: Path) -> Table:
     for name, text in facts.items():
         table.add_row(name, text)
     return table
+
+
+def _classes(dataset: Dataset) -> dict[str, str]:
+    """Return the names of the classes as a fact, if they have others than their labels."""
+    named = [f"{label} {name}" for label, name in enumerate(dataset.class_names)]
+    if all(name == str(label) for label, name in enumerate(dataset.class_names)):
+        return {}
+    more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+    return {"classes": ", ".join(named[:NAMED]) + more}
 
 
 def _size(size: float) -> str:

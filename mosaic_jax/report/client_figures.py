@@ -1,5 +1,7 @@
 """Draw the clients: their classes, and the losses, health and samples of their generators."""
 
+import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,8 +33,11 @@ DRAWN_CLIENTS, NAMED_CLIENTS = 200, 10
 """Clients with a line for each; most clients with a name in the legend. Medians and last losses are
 of all clients."""
 
-LISTED_CLASSES = 10
-"""Classes that the label of a client lists."""
+UPRIGHT = 3
+"""Letters of the longest name that stands upright under an axis."""
+
+LISTED_CLASSES, LABEL_LETTERS = 10, 40
+"""Classes that the label of a client lists, and letters that they may take."""
 
 
 def class_histogram(figure: "Figure", run: Run) -> None:
@@ -53,9 +58,18 @@ def class_histogram(figure: "Figure", run: Run) -> None:
             axis.text(column, row, count or "", ha="center", va="center", color=colour, size=8)
     ticks = range(0, rows, -(-rows // 30))
     axis.set_yticks(ticks, [f"{i} (n={shown[i].sum():,})" for i in ticks], size=8)
-    axis.set_xticks(range(0, classes, -(-classes // 25)))
+    name_ticks(axis, "x", run, classes, range(0, classes, -(-classes // 25)))
     axis.set(xlabel="class", ylabel="client")
     axis.set_title(f"Images per class, {run.clients['dataset']}{_first(rows, len(counts))}")
+
+
+def name_ticks(axis: "Axes", way: str, run: Run, classes: int, labels: Sequence[int]) -> None:
+    """Set ticks of the axis `way`, "x" or "y", at some labels, with the names of their classes."""
+    names = [run.class_names(classes)[label] for label in labels]
+    if way == "y":
+        axis.set_yticks(labels, names)
+    else:
+        axis.set_xticks(labels, names, rotation=90 if max(map(len, names)) > UPRIGHT else 0)
 
 
 def _first(shown: int, clients: int) -> str:
@@ -214,7 +228,9 @@ def _client_label(run: Run, client: int) -> str:
     if run.clients is None:
         return f"client {client}"
     counts = _class_counts(run)[client]
-    classes = [str(label) for label in np.argsort(-counts, kind="stable") if counts[label]]
+    names = run.class_names(len(counts))
+    classes = [names[label] for label in np.argsort(-counts, kind="stable") if counts[label]]
     listed = " ".join(classes[:LISTED_CLASSES]) + (" ..." if len(classes) > LISTED_CLASSES else "")
+    listed = textwrap.shorten(listed, LABEL_LETTERS, placeholder=" ...")
     noun = "class" if len(classes) == 1 else "classes"
     return f"client {client}, n={counts.sum():,}\n{noun} {listed}"

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mosaic_jax.report.client_figures import name_ticks
 from mosaic_jax.run.reader import Run
 from mosaic_jax.run.results import (
     AVERAGED_MODEL,
@@ -110,7 +111,7 @@ def confusions(figure: "Figure", run: Run) -> None:
         shares = confusion_matrix(labels, predicted, labels=range(classes), normalize="true")
         image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
         axis.set_title(f"{name}, {100 * np.mean(predicted == labels):.1f}%", size=9)
-        _number_classes(axis, classes)
+        _name_classes(axis, run, classes)
     for axis in list(panels)[len(models) :]:
         axis.axis("off")
     figure.colorbar(image, ax=figure.axes, label="share of the class's images")
@@ -127,7 +128,8 @@ def _predictions(run: Run) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
     if fused is not None:
         models["teacher"] = fused["teacher"]
         experts = fused["experts"].T[:DRAWN_EXPERTS]
-        models |= {f"expert of class {label}": each for label, each in enumerate(experts)}
+        names = run.class_names(len(fused["experts"].T))
+        models |= {f"expert of {name}": each for name, each in zip(names, experts, strict=False)}
     labels = next(iter(run.predictions.values()))["labels"]
     return models, labels, int(labels.max()) + 1 if fused is None else fused["experts"].shape[1]
 
@@ -155,13 +157,13 @@ def experts(figure: "Figure", run: Run) -> None:
         ]
         image = axis.imshow(np.array(shares).T, vmin=0, vmax=1, cmap="viridis")
         axis.set(title=title, xlabel="true class", ylabel="expert of class")
-        _number_classes(axis, classes)
+        _name_classes(axis, run, classes)
     figure.colorbar(image, ax=figure.axes, label="share of the class's test images")
 
 
-def _number_classes(axis: "Axes", classes: int) -> None:
+def _name_classes(axis: "Axes", run: Run, classes: int) -> None:
     """Set the ticks of both axes."""
     ticks = range(0, classes, 1 if classes <= NUMBERED else -(-classes // 10))
-    axis.set_xticks(ticks)
-    axis.set_yticks(ticks)
+    for way in "xy":
+        name_ticks(axis, way, run, classes, ticks)
     axis.tick_params(labelsize=7)

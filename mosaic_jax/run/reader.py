@@ -23,7 +23,8 @@ class Run:
       workdir: the directory.
       config: the settings, nested.
       lines: of `metrics.jsonl`, in the order in which they were written.
-      clients: of `clients.json`: "dataset", "classes" and "class_counts" [clients, classes].
+      clients: of `clients.json`: "dataset", "classes", "class_names" and "class_counts" [clients,
+        classes].
       samples: "real" and "generated", uint8 [clients, n, height, width, channels].
       finished: whether the run has ended.
       predictions: by stage, for the test images: predicted classes of its models, and "labels".
@@ -38,6 +39,10 @@ class Run:
     finished: bool = False
     predictions: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     command: str = ""
+
+    def class_names(self, classes: int) -> list[str]:
+        """Return the names of the classes; their labels, where the run has noted none."""
+        return (self.clients or {}).get("class_names") or [str(label) for label in range(classes)]
 
     def lines_of(self, stage: str) -> list[dict[str, Any]]:
         """Return the lines of one stage."""

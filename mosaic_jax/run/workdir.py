@@ -138,6 +138,7 @@ def describe(workdir: Path, federation: Federation) -> None:
     facts = {
         "dataset": dataset.name,
         "classes": dataset.num_classes,
+        "class_names": list(dataset.class_names),
         "class_counts": federation.clients.class_counts.tolist(),
     }
     text = json.dumps(facts) + "\n"

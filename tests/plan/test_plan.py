@@ -1,5 +1,6 @@
 """What a plan draws and adds up."""
 
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -26,6 +27,34 @@ def test_few_classes_are_counted(make_federation, tmp_path):
     for client, row in enumerate(federation.clients.class_counts):
         cells = [str(client), str(row.sum()), *(str(n) if n else "·" for n in row)]
         assert re.search("│ *" + " │ *".join(map(re.escape, cells)) + " │", text), text
+
+
+@pytest.mark.parametrize("clients", [1, 10, 1000])
+@pytest.mark.parametrize("classes", [2, 10, 12, 100, 200])
+@pytest.mark.parametrize("most", [9, 5000, 999_999 // 200])
+@pytest.mark.parametrize("share", [1.0, 0.0625])
+def test_numbers_are_whole_in_a_terminal_of_80_letters(clients, classes, most, share):
+    counts = np.random.default_rng(0).integers(1, most + 1, (clients, classes))
+    text = io.StringIO()
+    table = run_plan.client_table("of a run", counts, [share] * clients)
+    Console(file=text, width=80).print(table)
+    rows = text.getvalue().splitlines()
+    assert max(map(len, rows)) <= 80
+    assert "…" not in text.getvalue()
+    for client, row in enumerate(counts[: run_plan.SHOWN_CLIENTS]):
+        words = rows[4 + client].replace("│", " ").split()
+        assert words[:2] == [str(client), str(row.sum())]
+        if classes == 10 and clients == 10 and share == 1:  # CIFAR-10's are counted, too
+            assert words[-10:] == [str(count) for count in row]
+    last = rows[-2].replace("│", " ").split()
+    assert last[:3] == ["all", str(clients), str(counts.sum())]
+
+
+def test_classes_with_names_are_named(make_federation):
+    dataset = make_federation().dataset
+    assert run_plan._classes(dataset) == {}
+    animals = dataclasses.replace(dataset, class_names=tuple("abcdefghij"))
+    assert run_plan._classes(animals)["classes"].startswith("0 a, 1 b, ")
 
 
 def test_a_plan_times_the_distillation_though_no_generator_is_good_yet(

@@ -7,7 +7,7 @@ import pytest
 
 from mosaic_jax.run import experiment
 from mosaic_jax.types import UserError
-from tests.helpers import BLOCKS, Killed, assert_same, lines, run
+from tests.helpers import BLOCKS, ROUNDS, Killed, assert_same, lines, run
 
 
 @pytest.mark.parametrize("kill_after", [2, 4, 7, 11])
@@ -24,15 +24,15 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(
 
 
 def test_a_block_after_the_last_checkpoint_is_done_again_and_recorded_once(
-    make_federation, whole, tmp_path
+    make_federation, whole_rounds, tmp_path
 ):
-    rare = make_federation(**BLOCKS | {"run.checkpoint_every": 3})
+    rare = make_federation(**ROUNDS | {"run.checkpoint_every": 3})
     with pytest.raises(Killed):
         run(rare, tmp_path / "run", kill_after=2)
     resumed, blocks = run(rare, tmp_path / "run")
     assert blocks[0] == ("local_update", 1)
-    assert_same(whole[1], resumed)
-    assert lines(tmp_path / "run") == lines(whole[0])
+    assert_same(whole_rounds[1], resumed)
+    assert lines(tmp_path / "run") == lines(whole_rounds[0])
 
 
 def test_a_finished_run_is_left_as_it_is(federation, whole):
@@ -44,17 +44,17 @@ def test_a_finished_run_is_left_as_it_is(federation, whole):
     assert_same(state, again)
 
 
-def test_a_half_written_checkpoint_is_passed_over(federation, whole, tmp_path, caplog):
+def test_a_half_written_checkpoint_is_passed_over(rounds, whole_rounds, tmp_path, caplog):
     with pytest.raises(Killed):
-        run(federation, tmp_path / "run", kill_after=2)
+        run(rounds, tmp_path / "run", kill_after=2)
     newest = tmp_path / "run" / "checkpoints" / "local_update" / "2"
     for path in newest.rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    resumed, blocks = run(federation, tmp_path / "run")
+    resumed, blocks = run(rounds, tmp_path / "run")
     assert blocks[0] == ("local_update", 2)
     assert "passed over" in caplog.text
-    assert_same(whole[1], resumed)
+    assert_same(whole_rounds[1], resumed)
 
 
 def test_layout_and_record_keeping_may_change_on_resume(make_federation, whole, tmp_path):
@@ -75,46 +75,48 @@ def test_a_finished_run_without_rounds_is_left_as_it_is(make_federation, tmp_pat
     assert_same(first, again)
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(make_federation, whole, tmp_path):
-    rare = make_federation(**BLOCKS | {"run.checkpoint_every": 100})
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(
+    make_federation, whole_rounds, tmp_path
+):
+    rare = make_federation(**ROUNDS | {"run.checkpoint_every": 100})
     answers = iter([False, True])
     with pytest.raises(experiment.Stopped):
         experiment.run(rare, tmp_path / "run", is_asked_to_stop=lambda: next(answers))
     resumed, blocks = run(rare, tmp_path / "run")
     assert blocks[0] == ("local_update", 3)
-    assert_same(whole[1], resumed)
-    assert lines(tmp_path / "run") == lines(whole[0])
+    assert_same(whole_rounds[1], resumed)
+    assert lines(tmp_path / "run") == lines(whole_rounds[0])
 
 
-def test_a_damaged_record_is_named(federation, whole, tmp_path):
+def test_a_damaged_record_is_named(rounds, whole_rounds, tmp_path):
     with pytest.raises(Killed):
-        run(federation, tmp_path / "run", kill_after=3)
+        run(rounds, tmp_path / "run", kill_after=3)
     path = tmp_path / "run/metrics.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"block"', b'"bl\xffck', 1))
     with pytest.raises(UserError, match=f"{path} is damaged"):
-        run(federation, tmp_path / "run")
+        run(rounds, tmp_path / "run")
 
 
-def test_a_record_that_a_kill_cut_off_is_mended(federation, whole, tmp_path):
+def test_a_record_that_a_kill_cut_off_is_mended(rounds, whole_rounds, tmp_path):
     with pytest.raises(Killed):
-        run(federation, tmp_path / "run", kill_after=3)
+        run(rounds, tmp_path / "run", kill_after=3)
     with (tmp_path / "run/metrics.jsonl").open("a") as file:
         file.write('{"stage": "local_upd')
-    resumed, _ = run(federation, tmp_path / "run")
-    assert_same(whole[1], resumed)
-    assert lines(tmp_path / "run") == lines(whole[0])
+    resumed, _ = run(rounds, tmp_path / "run")
+    assert_same(whole_rounds[1], resumed)
+    assert lines(tmp_path / "run") == lines(whole_rounds[0])
 
 
-def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_later(federation, whole, tmp_path):
+def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_later(rounds, whole_rounds, tmp_path):
     with pytest.raises(Killed):
-        run(federation, tmp_path / "run", kill_after=2)
+        run(rounds, tmp_path / "run", kill_after=2)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         with pytest.raises((UserError, OSError), match=r"cannot be written|File too large"):
-            run(federation, tmp_path / "run")
+            run(rounds, tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    resumed, _ = run(federation, tmp_path / "run")
-    assert_same(whole[1], resumed)
-    assert lines(tmp_path / "run") == lines(whole[0])
+    resumed, _ = run(rounds, tmp_path / "run")
+    assert_same(whole_rounds[1], resumed)
+    assert lines(tmp_path / "run") == lines(whole_rounds[0])

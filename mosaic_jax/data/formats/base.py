@@ -36,12 +36,20 @@ class Request:
 
 
 class Splits(NamedTuple):
-    """Images uint8 [n, height, width, channels] and labels int32 [n] of both splits."""
+    """Images uint8 [n, height, width, channels] and labels int32 [n] of both splits.
+
+    Names of the classes follow, in the order of the labels, if the files say them.
+    """
 
     train_images: np.ndarray
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
+    class_names: tuple[str, ...] = ()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return images and labels by their names."""
+        return {name: each for name, each in self._asdict().items() if name != "class_names"}
 
 
 class FileFormat(NamedTuple):

@@ -23,6 +23,10 @@ PIXELS = 3 * 32 * 32
 """Bytes of one image, channel by channel."""
 
 
+META = r"(batches\.)?meta(\.txt)?|fine_label_names\.txt"
+"""Names of the files that list the classes."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One published variant of a set.
@@ -104,7 +108,7 @@ def read(path: Path, variant: Variant, num_classes: int) -> Splits:
     with Members(path) as members:
         for name, content in members:
             part = name.rpartition("/")[2]
-            if re.fullmatch(f"{variant.train}|{variant.test}", part):
+            if re.fullmatch(f"{variant.train}|{variant.test}|{META}", part):
                 found[part] = content()
 
     def split(pattern: str) -> tuple[np.ndarray, np.ndarray]:
@@ -113,7 +117,21 @@ def read(path: Path, variant: Variant, num_classes: int) -> Splits:
             raise UserError(f"{path} is incomplete: no part named like {pattern!r}")
         return _joined(_part(f"{path}/{part}", found[part], variant, num_classes) for part in parts)
 
-    return Splits(*split(variant.train), *split(variant.test))
+    meta = next((part for part in found if re.fullmatch(META, part)), None)
+    names = () if meta is None else _class_names(f"{path}/{meta}", found[meta], variant)
+    if len(names) != num_classes:
+        names = ()  # not said, or not of these classes: the catalog's stand
+    return Splits(*split(variant.train), *split(variant.test), names)
+
+
+def _class_names(name: str, content: bytes, variant: Variant) -> tuple[str, ...]:
+    """Return the names of the classes out of the set's own list of them."""
+    with reading(name):
+        if not variant.is_pickle:
+            return tuple(line.strip() for line in content.decode().splitlines() if line.strip())
+        listed = _Inert(io.BytesIO(content), encoding="bytes").load()
+        found = listed.get(b"fine_label_names") or listed.get(b"label_names") or ()
+        return tuple(each.decode() for each in found)
 
 
 def _joined(parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Readers of sets of image files: Tiny-ImageNet, FOOD101, and a user's folder of class folders."""
+"""Decoding of pictures, and readers of Tiny-ImageNet and FOOD101."""
 
 import io
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import joblib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mosaic_jax.data.formats.archives import Members
 from mosaic_jax.data.formats.base import Splits, reading
@@ -18,21 +18,49 @@ from mosaic_jax.types import UserError
 READ_AHEAD = 256
 """Number of pictures that are read before all cores decode them."""
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
-"""File name endings of the pictures in a user's folder."""
+BACKGROUND = (255, 255, 255)
+"""The colour behind what is transparent."""
+
+GREYS_OF_16_BITS = 65535 // 255
+"""Steps of a 16-bit grey in one of 8 bits."""
 
 
 def decoded(name: str, content: bytes, size: int) -> np.ndarray:
     """Decode a picture to RGB uint8 [size, size, 3], squeezed to a square by bilinear resampling.
 
+    It is turned as its EXIF orientation says, and what is transparent becomes white. Of several
+    frames the first counts.
+
     Raises:
-      UserError: the bytes are damaged or no picture; names it.
+      UserError: the bytes are damaged or no picture, or pixels are of no known range; names it.
     """
-    with reading(name), Image.open(io.BytesIO(content)) as picture:
-        colours = picture.convert("RGB")
+    with reading(name), _opened(content) as picture:
+        colours = _in_rgb(name, ImageOps.exif_transpose(picture))
         if colours.size != (size, size):
             colours = colours.resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(colours, np.uint8)
+
+
+def _opened(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:  # its text would name a buffer
+        raise ValueError("no picture that Pillow knows") from None
+
+
+def _in_rgb(name: str, picture: Image.Image) -> Image.Image:
+    """Return a picture of any mode as RGB."""
+    if picture.mode.startswith("I"):
+        greys = np.asarray(picture).astype(np.int64)
+        if greys.min() < 0 or greys.max() > 65535:
+            raise UserError(f"{name} has greys {greys.min()} to {greys.max()}, not of 16 bits")
+        picture = Image.fromarray((greys // GREYS_OF_16_BITS).astype(np.uint8))
+    if picture.mode == "F":
+        raise UserError(f"{name} has real numbers for pixels, of no known range; convert it")
+    if picture.has_transparency_data:
+        behind = Image.new("RGBA", picture.size, BACKGROUND)
+        picture = Image.alpha_composite(behind, picture.convert("RGBA"))
+    return picture.convert("RGB")
 
 
 def _decode_all(
@@ -127,7 +155,13 @@ def read_tiny_imagenet(path: Path, size: int) -> Splits:
             raise UserError(f"{path}/val_annotations.txt names an unknown class: {line!r}")
         test.append((f"val/images/{file}", labels[name]))
     chosen = [entry[:2] for entry in sorted(train, key=lambda entry: entry[1:])]
-    return Splits(*_stacked(path, pictures, chosen), *_stacked(path, pictures, test))
+    words = texts.get("words.txt", b"").decode(errors="replace").splitlines()
+    said = {line.partition("\t")[0]: line.partition("\t")[2].split(",")[0] for line in words}
+    return Splits(
+        *_stacked(path, pictures, chosen),
+        *_stacked(path, pictures, test),
+        tuple(said.get(name) or name for name in names),
+    )
 
 
 def read_food101(path: Path, size: int) -> Splits:
@@ -157,35 +191,4 @@ def read_food101(path: Path, size: int) -> Splits:
             chosen.append((key, labels[kind]))
         return _stacked(path, pictures, chosen)
 
-    return Splits(*split("train.txt"), *split("test.txt"))
-
-
-def read_folders(path: Path, size: int) -> Splits:
-    """Read a user's folder, `train/CLASS/picture` and `test/CLASS/picture`, at `size` pixels.
-
-    Labels count the class folders of `train` in alphabetical order.
-
-    Raises:
-      UserError: a split has no pictures, or `test` has a class that `train` has not.
-    """
-    pattern = re.compile(r"(?:^|/)((train|test)/([^/]+)/[^/]+)$")
-
-    def key_of(name: str) -> str | None:
-        match = pattern.search(name)
-        return match.group(1) if match and name.lower().endswith(ENDINGS) else None
-
-    pictures, _ = _decode_all(path, size, key_of)
-    keys = [(key, *key.split("/")[:2]) for key in sorted(pictures)]
-    names = sorted({name for _, split, name in keys if split == "train"})
-    labels = {name: label for label, name in enumerate(names)}
-    unknown = [name for _, _, name in keys if name not in labels]
-    if unknown:
-        raise UserError(f"{path}/test has a class that {path}/train has not: {unknown[0]!r}")
-
-    def split(wanted: str) -> tuple[np.ndarray, np.ndarray]:
-        chosen = [(key, labels[name]) for key, part, name in keys if part == wanted]
-        if not chosen:
-            raise UserError(f"{path} has no pictures in {wanted}/CLASS/")
-        return _stacked(path, pictures, chosen)
-
-    return Splits(*split("train"), *split("test"))
+    return Splits(*split("train.txt"), *split("test.txt"), tuple(labels))
