@@ -35,6 +35,7 @@ class StageCheckpoints:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        self.passed_over: list[int] = []
         with _writing(directory):
             self.manager = ocp.CheckpointManager(
                 directory.absolute(),
@@ -64,6 +65,10 @@ class StageCheckpoints:
 
         Args:
           like: shapes, dtypes and shardings of the carry (`jax.ShapeDtypeStruct`).
+
+        Raises:
+          UserError: the machine, not the checkpoint, is at fault; or one of several hosts cannot
+            read it.
         """
         leaves, structure = jax.tree.flatten(like)
         target = {str(i): leaf for i, leaf in enumerate(leaves)}
@@ -81,6 +86,7 @@ class StageCheckpoints:
                     return block, carry
                 reason = "checksum differs"
             log.warning("passed over checkpoint %s/%d: %s", self.directory, block, reason)
+            self.passed_over.append(block)
         return None
 
     def _read(self, block: int, target: dict[str, PyTree]) -> tuple[Any, str]:
@@ -93,12 +99,35 @@ class StageCheckpoints:
             if restored["meta"].get("form") != SCHEMA_VERSION:
                 raise ValueError("it is of another version of this program")
         except Exception as error:  # orbax raises bare Exception on damaged files
+            if (fault := _machines_fault(error)) is not None:
+                raise UserError(
+                    f"checkpoint {self.directory / str(block)} cannot be read now ({fault}); "
+                    "nothing is lost, and the same command goes on when that is mended"
+                ) from None
             return None, str(error).splitlines()[0] if str(error) else type(error).__name__
         return restored, ""
 
     def close(self) -> None:
         """Release the manager's threads."""
         self.manager.close()
+
+
+MACHINES_FAULTS = (
+    *("RESOURCE_EXHAUSTED", "Cannot allocate memory", "out of memory"),
+    *("Input/output error", "Stale file handle", "Permission denied", "PERMISSION_DENIED"),
+    *("Too many open files", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Transport endpoint"),
+)
+"""Words in the errors of a memory, disk or network that fails: the file may be whole."""
+
+
+def _machines_fault(error: BaseException | None) -> str | None:
+    """Return the line of an error, or of one behind it, that is no damaged file's; else None."""
+    while error is not None:
+        text = str(error) or type(error).__name__
+        if isinstance(error, MemoryError) or any(word in text for word in MACHINES_FAULTS):
+            return text.splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextmanager

@@ -109,7 +109,16 @@ def run_stage(context: RunContext, stage: Stage, state: State, later: list[Stage
     with _explaining_memory(stage, context.federation):
         done, carry = _resume(stage, state, context.federation, checkpoints)
     if done < stage.blocks:
-        hosts.run_on_primary(lambda: files.forget_after(context.workdir, stage, done, later))
+        if hosts.any_host(files.has_ended(context.workdir)):
+            raise UserError(
+                f"the run in {context.workdir} has ended, but its checkpoints of {stage.name} "
+                f"cannot be read any more; `python -m mosaic_jax.report {context.workdir}` shows "
+                "what it came to, and another --workdir trains anew"
+            )
+        unread = bool(checkpoints.passed_over)
+        hosts.run_on_primary(
+            lambda: files.forget_after(context.workdir, stage, done, later, keep_record=unread)
+        )
     for block in range(done, stage.blocks):
         carry = _run_block(context, stage, state, carry, block, checkpoints)
     state = stage.finish(state, carry)
@@ -145,9 +154,8 @@ def _run_block(
     done, is_last = block + 1, block + 1 == stage.blocks
     if is_last or done % config.run.evaluate_every == 0:
         metrics |= stage.evaluate(stage.finish(state, carry))
-    context.metrics.write(
-        stage.name, done, metrics | {"seconds": seconds} | _traffic(stage, is_last)
-    )
+    metrics |= {"seconds": seconds} | _traffic(stage, is_last)
+    context.metrics.write(stage.name, done, metrics)
     stop = hosts.any_host(context.is_asked_to_stop())
     if is_last or stop or done % config.run.checkpoint_every == 0:
         check_state(stage.name, block, carry)

@@ -26,6 +26,7 @@ from mosaic_jax.config import Config
 from mosaic_jax.data.batches import to_float
 from mosaic_jax.federation import Federation, load_federation
 from mosaic_jax.run import experiment, reader
+from mosaic_jax.run import workdir as files
 from mosaic_jax.stages.evaluation import Predictor, predictor
 from mosaic_jax.stages.generator_ensemble import build_generator, draw_labels, draw_latent
 from mosaic_jax.stages.stage import State
@@ -182,10 +183,11 @@ def load_run(workdir: str | Path) -> LoadedRun:
     """Load a run's models; train nothing.
 
     Raises:
-      UserError: the directory holds no run, or its data set is missing.
+      UserError: the directory holds no run, or its data set is missing or another one now.
     """
     workdir = Path(workdir)
     config = settings.from_config_dict(reader.read_config(workdir))
     federation = load_federation(config)
+    files.check_data(workdir, federation)
     state, ended = experiment.restore(federation, workdir)
     return LoadedRun(federation, state, ended)

@@ -2,10 +2,14 @@
 
 `--track=tensorboard,wandb`; each is an extra of the package. A metric that has an entry per client
 is tracked by its mean. The x axis counts the blocks of a stage; a round is a block.
+
+A run that goes on tells a tracker its whole record anew, so that the history is one, whatever a
+kill has cut off.
 """
 
 import importlib.util
 import secrets
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mosaic_jax.config import Config
+from mosaic_jax.run.metrics import MetricsFile
 from mosaic_jax.stages.stage import Stage
 from mosaic_jax.types import UserError, unknown_name
 
@@ -35,6 +40,7 @@ class Trackers:
         self.names = [name for name in names.split(",") if name]
         self.workdir, self.config = workdir, config
         self.opened: list[Tracker] = []
+        self.lines = 0
         for name in self.names:
             if name not in TRACKERS:
                 raise UserError(unknown_name("tracker", name, sorted(TRACKERS)))
@@ -44,11 +50,20 @@ class Trackers:
                 )
 
     def __call__(self, stage: Stage, done: int, seconds: float, metrics: dict[str, Any]) -> None:
-        """Track one block; see `experiment.Watcher`."""
+        """Track one block, which the record has; see `experiment.Watcher`."""
+        if not self.names:
+            return
         if not self.opened:
             self.opened = [TRACKERS[name](self.workdir, self.config) for name in self.names]
+            for line in MetricsFile(self.workdir / "metrics.jsonl").read()[:-1]:
+                own = {name: v for name, v in line.items() if name not in ("stage", "block")}
+                self._write(line["stage"], line["block"], own)
+        self._write(stage.name, done, metrics | {"seconds": seconds})
+
+    def _write(self, stage: str, block: int, metrics: Mapping[str, Any]) -> None:
         for tracker in self.opened:
-            tracker.write(stage.name, done, means(metrics) | {"seconds": seconds})
+            tracker.write(stage, block, means(metrics), self.lines)
+        self.lines += 1
 
     def close(self) -> None:
         """Close the trackers; they send what has not been sent."""
@@ -68,14 +83,15 @@ class TensorBoard:
 
     def __init__(self, workdir: Path, config: Config):
         self.directory = workdir / "tensorboard"
+        shutil.rmtree(self.directory, ignore_errors=True)  # the record is told anew
         self.writers: dict[str, Any] = {}
 
-    def write(self, stage: str, block: int, metrics: Mapping[str, float]) -> None:
-        """Write one block's metrics; later ones that a killed run has left there are hidden."""
+    def write(self, stage: str, block: int, metrics: Mapping[str, float], line: int) -> None:
+        """Write one block's metrics; `line` is its number in the record."""
         from tensorboardX import SummaryWriter
 
         if stage not in self.writers:
-            self.writers[stage] = SummaryWriter(str(self.directory / stage), purge_step=block)
+            self.writers[stage] = SummaryWriter(str(self.directory / stage))
         for name, value in metrics.items():
             self.writers[stage].add_scalar(name, value, block)
         self.writers[stage].flush()
@@ -89,7 +105,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """Logs to a run of Weights & Biases, the same one after a resume.
 
-    `WANDB_MODE=offline` needs no network.
+    A step is a line of the record: the service takes each once. `WANDB_MODE=offline` needs no
+    network; there is one folder of a run, the last start's, with the whole history.
     """
 
     package = "wandb"
@@ -100,23 +117,26 @@ class WeightsAndBiases:
         path = workdir / "wandb_id"
         if not path.exists():
             path.write_text(secrets.token_hex(8), encoding="utf-8")
+        name = path.read_text(encoding="utf-8")
+        for before in (workdir / "wandb").glob(f"offline-run-*-{name}"):
+            shutil.rmtree(before)  # to sync it after the new one would erase the new one's history
         try:
             self.run = wandb.init(
                 project="mosaic_jax",
                 name=workdir.name,
                 dir=workdir,
-                id=path.read_text(encoding="utf-8"),
+                id=name,
                 resume="allow",
                 config=asdict(config),
             )
         except wandb.Error as error:
             raise UserError(f"--track=wandb: {' '.join(str(error).split())}") from None
 
-    def write(self, stage: str, block: int, metrics: Mapping[str, float]) -> None:
+    def write(self, stage: str, block: int, metrics: Mapping[str, float], line: int) -> None:
         """Log one block's metrics, as "stage/metric" against "stage/block"."""
         self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/block")
         named = {f"{stage}/{name}": value for name, value in metrics.items()}
-        self.run.log(named | {f"{stage}/block": block})
+        self.run.log(named | {f"{stage}/block": block}, step=line, commit=True)
 
     def close(self) -> None:
         """Finish the run of Weights & Biases."""

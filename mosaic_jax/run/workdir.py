@@ -10,6 +10,7 @@ import json
 import logging
 import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,10 +119,24 @@ def checkpoints(workdir: Path, stage: Stage) -> Path:
     return workdir / "checkpoints" / stage.name
 
 
-def forget_after(workdir: Path, stage: Stage, done: int, later: list[Stage]) -> None:
-    """Remove what a resumed run makes again: all after `done` blocks of a stage."""
+def forget_after(
+    workdir: Path, stage: Stage, done: int, later: list[Stage], keep_record: bool
+) -> None:
+    """Remove what a resumed run makes again: all after `done` blocks of a stage.
+
+    Args:
+      workdir: of the run.
+      stage: that the run goes on with.
+      done: its blocks that stay.
+      later: the stages after it.
+      keep_record: whether the record stays beside the new one, as `metrics.1.jsonl` and so on.
+    """
     names = {other.name for other in later}
-    MetricsFile(workdir / "metrics.jsonl").filter_lines(
+    record = workdir / "metrics.jsonl"
+    if keep_record and record.exists():
+        number = 1 + len(list(workdir.glob("metrics.*.jsonl")))
+        shutil.copy(record, workdir / f"metrics.{number}.jsonl")
+    MetricsFile(record).filter_lines(
         lambda line: (
             line["stage"] not in names and (line["stage"] != stage.name or line["block"] <= done)
         )
@@ -133,9 +148,15 @@ def forget_after(workdir: Path, stage: Stage, done: int, later: list[Stage]) -> 
 
 
 def describe(workdir: Path, federation: Federation) -> None:
-    """Write `clients.json`: the data set and how many images of each class a client trains on."""
+    """Write `clients.json`: the data set and how many images of each class a client trains on.
+
+    Raises:
+      UserError: it is there, and of other data.
+    """
+    check_data(workdir, federation)
     dataset = federation.dataset
     facts = {
+        "fingerprint": fingerprint(federation),
         "dataset": dataset.name,
         "classes": dataset.num_classes,
         "class_names": list(dataset.class_names),
@@ -143,6 +164,38 @@ def describe(workdir: Path, federation: Federation) -> None:
     }
     text = json.dumps(facts) + "\n"
     _write(workdir / "clients.json", lambda file: file.write(text.encode()))
+
+
+def check_data(workdir: Path, federation: Federation) -> None:
+    """Check that a run's images, labels and division are those it began with.
+
+    Raises:
+      UserError: they are not. A run of an earlier version tells only its division.
+    """
+    try:
+        there = json.loads((workdir / "clients.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return
+    counts = federation.clients.class_counts.tolist()
+    same = there.get("fingerprint") in (None, fingerprint(federation))
+    if not (same and there.get("class_counts", counts) == counts):
+        raise UserError(
+            f"the data have changed since the run in {workdir} began (images, labels or their "
+            "division); bring them back, or choose another --workdir"
+        )
+
+
+def fingerprint(federation: Federation) -> str:
+    """Return a checksum of images, labels and division."""
+    crc = 0
+    for part in (*federation.clients.indices, federation.clients.validation):
+        crc = zlib.crc32(np.ascontiguousarray(part, np.int64).data, crc + 1)
+    return f"{federation.dataset.fingerprint()} {crc}"
+
+
+def has_ended(workdir: Path) -> bool:
+    """Return whether a run has written its summary."""
+    return (workdir / "summary.json").exists()
 
 
 def summarise(stages: list[Stage], metrics: MetricsFile) -> dict[str, Any]:

@@ -150,8 +150,10 @@ def test_a_bounded_run_that_was_stopped_is_the_unbounded_one(make_federation, tm
     with pytest.raises(UserError, match="generators is damaged or gone; delete the run's check"):
         experiment.restore(federation, tmp_path / "run")
 
-    # Without the bound, what depends on the stages that have to be run again is run again, too.
-    free = experiment.run(make_federation(**settings), tmp_path / "run")
+    # Other stacks than the run's cannot be read, and a run that has ended is not trained anew.
+    with pytest.raises(UserError, match="has ended, but its checkpoints of model_aggregation"):
+        experiment.run(make_federation(**settings), tmp_path / "run")
+    free = experiment.run(make_federation(**settings), tmp_path / "free")
     assert "client_models" in free
     assert not offload.is_offloaded(free["generators"])
     for name, model in models.items():
