@@ -13,8 +13,10 @@ from mosaic_jax import rng
 from mosaic_jax.types import UserError, unknown_name
 
 KINDS = ("dirichlet", "dirichlet_balanced", "iid")
-MAX_TRIES = 10_000
-"""Largest number of draws of a partition, or of one class's proportions, before giving up."""
+MAX_TRIES, MAX_WORK = 1000, 10_000_000
+"""Most draws of a partition, or of one class's proportions, before giving up; and most images and
+shares of classes in all draws of a partition, of which there are a hundred at least. They take
+seconds, and known levels of heterogeneity need tens of draws."""
 
 Indices = list[np.ndarray]
 
@@ -84,16 +86,21 @@ def dirichlet_unbalanced(
             f"{len(labels)} images cannot give {clients} clients {minimum} each; "
             "lower the minimum or the number of clients"
         )
-    generator = np.random.RandomState(seed)
-    for _ in range(MAX_TRIES):
-        parts = _divide_classes(labels, num_classes, clients, alpha, generator)
-        if min(map(len, parts)) >= minimum:
+    generator, best = np.random.RandomState(seed), 0
+    tries = max(100, min(MAX_TRIES, MAX_WORK // (len(labels) + clients * num_classes)))
+    for _ in range(tries):
+        sizes, divided = _divide_classes(labels, num_classes, clients, alpha, generator)
+        best = max(best, int(sizes.min()))
+        if sizes.min() >= minimum:
+            pieces = [np.split(members, cuts) for members, cuts in divided]
+            parts = [np.concatenate(piece) for piece in zip(*pieces, strict=True)]
             for part in parts:
                 generator.shuffle(part)
             return parts
+    remedy = f"partition.minimum={best} works with this seed" if best else "lower the minimum"
     raise UserError(
         f"no division of {len(labels)} images among {clients} clients with alpha={alpha} gave "
-        f"every client {minimum} images in {MAX_TRIES} tries; raise alpha, lower the minimum, or "
+        f"every client {minimum} images in {tries} tries; {remedy}, or raise partition.alpha, or "
         "take fewer clients"
     )
 
@@ -104,22 +111,24 @@ def _divide_classes(
     clients: int,
     alpha: float,
     generator: np.random.RandomState,
-) -> Indices:
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
     """Draw one partition, class after class.
 
     A client that already holds its fair share of images gets none of the next class.
+
+    Returns:
+      The images of each client [clients], and of each class its shuffled indices with the positions
+      that cut them into one piece per client.
     """
-    pieces: list[list[np.ndarray]] = [[] for _ in range(clients)]
-    sizes = np.zeros(clients, int)
+    divided, sizes = [], np.zeros(clients, int)
     for label in range(num_classes):
         members = np.flatnonzero(labels == label)
         generator.shuffle(members)
         is_open = sizes < len(labels) / clients
         cuts = _cuts(len(members), is_open, alpha, generator)
-        for client, piece in enumerate(np.split(members, cuts)):
-            pieces[client].append(piece)
-            sizes[client] += len(piece)
-    return [np.concatenate(piece) for piece in pieces]
+        divided.append((members, cuts))
+        sizes += np.diff(cuts, prepend=0, append=len(members))
+    return sizes, divided
 
 
 def _cuts(

@@ -46,7 +46,7 @@ class GuidedUpdate(ClientUpdate):
         inputs: RoundInputs,
         client: ClientLists,
     ) -> Array:
-        """Return the generator's two terms, with a_t = max(1e-4, weight 0.98^t)."""
+        """Return the generator's two terms, weighted by a_t, see `weight_of`."""
         classes, size = outputs.logits.shape[-1], len(batch.labels)
         drawn = jax.random.randint(rng.fold(batch.key, 0), (size,), 0, classes)
 
@@ -64,9 +64,19 @@ class GuidedUpdate(ClientUpdate):
         seen = jax.nn.log_softmax(outputs.logits)
         apart = optax.losses.kl_divergence_with_log_targets(seen, guide)
         apart = (apart * batch.mask).sum() / batch.mask.sum()
-        weight = self.federation.config.fedgen.weight * DECAY**inputs.round_index
-        weight = jnp.where(inputs.round_index > 0, jnp.maximum(weight, SMALLEST_WEIGHT), 0.0)
+        weight = weight_of(self.federation.config.fedgen.weight, inputs.round_index)
         return weight * (own + apart)
+
+
+def weight_of(first: float, round_index: int | Array) -> Array:
+    """Return a_t = max(1e-4, first 0.98^t) of round t; 0 in the first round, and if `first` is 0.
+
+    Args:
+      first: the setting `fedgen.weight`; one below 1e-4 does not grow to it.
+      round_index: t, from 0; before round 1 the generator has learned nothing.
+    """
+    weight = jnp.maximum(first * DECAY**round_index, min(first, SMALLEST_WEIGHT))
+    return jnp.where(jnp.asarray(round_index) > 0, weight, 0.0)
 
 
 class FeatureServerState(struct.PyTreeNode):

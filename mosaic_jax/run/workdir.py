@@ -62,7 +62,8 @@ def create_or_check(workdir: Path, config: Config) -> None:
             name = different[0]
             raise UserError(
                 f"{workdir} holds a run of another config ({name}: {there.get(name)!r} there, "
-                f"{here.get(name)!r} here); choose another --workdir"
+                f"{here.get(name)!r} here); choose another --workdir, or go on with that run by "
+                f"--config.{name}={there.get(name)}"
             )
         return
     if workdir.exists() and any(workdir.iterdir()) and not (workdir / "checkpoints").exists():

@@ -30,6 +30,9 @@ RSS_BYTES = 1 if sys.platform == "darwin" else 1024
 LOST = 1
 """The status of a job that its engine could not start, or lost."""
 
+GPU_MEMORY = 0.9
+"""Share of a GPU's memory that all jobs at a time take together."""
+
 PAUSE = 10.0
 """Seconds before another try of a job in whose directory another program works."""
 
@@ -87,11 +90,14 @@ class Job:
         """Return whether a start ended because another program works in the directory."""
         return status == USER_ERROR and "another program is running in" in self.last_line()
 
-    def __call__(self, processes: set[int] | None = None) -> int:
+    def __call__(
+        self, processes: set[int] | None = None, environment: Mapping[str, str] | None = None
+    ) -> int:
         """Start the job and wait for its end.
 
         Args:
           processes: holds the process's id while it runs.
+          environment: of the process; by default this one's.
 
         Returns:
           The exit status; minus the signal's number if a signal ended it.
@@ -106,6 +112,7 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                env=environment,
             )
         processes = set() if processes is None else processes
         processes.add(process.pid)
@@ -161,10 +168,17 @@ class Engine(Protocol):
 
 
 class Local:
-    """Runs jobs as processes of this machine, which share its cores."""
+    """Runs jobs as processes of this machine, which share its cores and its GPUs' memory.
+
+    A process takes three quarters of a GPU's memory when it starts, unless told otherwise, so a
+    second one would find none. Each job gets its share; `XLA_PYTHON_CLIENT_MEM_FRACTION` sets
+    another one.
+    """
 
     def __init__(self, jobs: int):
         self.processes: set[int] = set()
+        memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{GPU_MEMORY / jobs:.3f}"} if jobs > 1 else {}
+        self.environment = memory | os.environ
         self.shares: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
         for share in cores.shares(cores.usable(), jobs):
             self.shares.put(share)
@@ -175,7 +189,7 @@ class Local:
 
     def run(self, job: Job) -> int:
         """Run the job in a process of its own; return its exit status."""
-        return job(self.processes)
+        return job(self.processes, self.environment)
 
     def stop(self) -> None:
         """Send SIGTERM to all running jobs."""

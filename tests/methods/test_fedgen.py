@@ -20,6 +20,21 @@ def test_fedgens_spread_is_that_of_all_pairs():
     assert found == pytest.approx(np.exp(-np.mean(apart)), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("first", "round_index", "expected"),
+    [
+        (10.0, 0, 0.0),
+        (10.0, 2, 10 * 0.98**2),
+        (10.0, 5000, 1e-4),
+        (1e-5, 3, 1e-5),
+        (0.0, 0, 0.0),
+        (0.0, 7, 0.0),
+    ],
+)
+def test_fedgens_weight_falls_to_a_floor_and_zero_is_off(first, round_index, expected):
+    assert fedgen.weight_of(first, round_index) == pytest.approx(expected, rel=1e-6)
+
+
 def test_fedgens_features_say_their_class_in_a_batch_of_one_class(make_federation):
     server = fedgen.FeatureGenerator(make_federation(**SHORT))
     generator = server.start(server.federation.initial_variables()).generator

@@ -110,6 +110,18 @@ def test_jobs_at_a_time_share_the_cores(tmp_path):
     assert os.sched_getaffinity(0) == mine
 
 
+@pytest.mark.parametrize(
+    ("jobs", "own", "expected"), [(1, None, "none"), (2, None, "0.450"), (2, "0.2", "0.2")]
+)
+def test_jobs_at_a_time_share_a_gpus_memory(tmp_path, monkeypatch, jobs, own, expected):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    if own:
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", own)
+    job = shell(tmp_path, "job", "echo ${XLA_PYTHON_CLIENT_MEM_FRACTION:-none}")
+    assert sweep_engine.run_jobs([job], Local(jobs), 1, retries=0)[job] == 0
+    assert job.last_line() == expected
+
+
 def test_jobs_through_submitit(tmp_path):
     pytest.importorskip("submitit", reason="needs the extra slurm")
     engine = sweep_engine.Submitit("local", tmp_path, {"timeout_min": 2, "partition": "any"})
