@@ -1,8 +1,12 @@
 """The cores of this machine, and their shares for jobs that run side by side."""
 
 import os
+import sys
 
 import joblib
+
+RSS_BYTES = 1 if sys.platform == "darwin" else 1024
+"""Bytes in the unit of a process's `ru_maxrss`."""
 
 
 def usable() -> list[int]:

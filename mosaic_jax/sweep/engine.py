@@ -12,7 +12,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -23,9 +22,6 @@ from typing import Any, Protocol
 
 from mosaic_jax.sweep import cores
 from mosaic_jax.types import TERMINATED, USER_ERROR
-
-RSS_BYTES = 1 if sys.platform == "darwin" else 1024
-"""Bytes in the unit of a process's `ru_maxrss`."""
 
 LOST = 1
 """The status of a job that its engine could not start, or lost."""
@@ -133,7 +129,7 @@ class Job:
             self._note(starts=-1)
         elif task == 0:
             # A process has at least the resident set of its parent, which computes nothing here.
-            peak = max(self.record().get("peak_bytes", 0), end[2].ru_maxrss * RSS_BYTES)
+            peak = max(self.record().get("peak_bytes", 0), end[2].ru_maxrss * cores.RSS_BYTES)
             seconds = time.monotonic() - begin
             self._note(status=status, peak_bytes=peak, seconds=seconds, ends=1)
         return status
