@@ -3,7 +3,9 @@
     python -m mosaic_jax.main --config=configs/cifar10_cpu.py --workdir=runs/cifar10_cpu
 
 All 50,000 images, crops and mirroring, 200 rounds of ten steps. The student replaces the global
-model only if the clients' held-out images say so. The accuracy of this form is not measured yet.
+model only if the clients' held-out images say so. Test accuracy of seed 0 in percent, the only one
+measured: global model 54.4, teacher 58.6, student 58.7, after five more rounds 58.4; without
+distillation these rounds give 55.8 (docs/decisions.md).
 """
 
 from mosaic_jax.configs import common
