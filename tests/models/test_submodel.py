@@ -72,7 +72,7 @@ def test_a_part_is_the_whole_with_the_rest_off_in_value_gradient_and_statistics(
     assert_close(part[0][1][0], whole[0][1][0], rtol=1e-3, atol=1e-3)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(part[1]))
     assert largest > 1e-2
-    tolerance = 2e-4 * max(1, largest)
+    tolerance = 2e-3 * max(1, largest)  # a unit near zero may fall on either side of it
     assert_close(part[1], whole[1], rtol=tolerance, atol=tolerance)
     held = submodel.extract(
         {"params": cut.full["params"], "batch_stats": whole[0][1][1]}, cut.streams, cut.sets
