@@ -89,7 +89,7 @@ def read(argv: list[str]) -> Flags:
     for word in words:
         try:
             os.fsencode(word).decode()
-        except UnicodeDecodeError:
+        except UnicodeError:
             raise UserError(f"{word!a} is not UTF-8; rename that file or folder") from None
     _check_names(words)
     argv = _with_files(words)

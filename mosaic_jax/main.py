@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     """Run what a command line asks for; return the exit status.
 
     A program may call it, more than once and from any thread. The number of CPU devices is the one
-    that JAX was first used with.
+    that JAX was first used with, and a process can meet other hosts only once.
 
     Args:
       argv: a name and the flags, like `sys.argv`.
@@ -45,7 +45,8 @@ def main(argv: list[str]) -> int:
         if "--help" in argv or argv[1:] == ["--config"]:
             compat.console().print(*flags.tables("--help" if "--help" in argv else "--config"))
         else:
-            _start(argv)
+            with _terminations() as has_come:
+                _start(argv, has_come)
     except experiment.Stopped:
         print("stopped after saving; the same command resumes", file=sys.stderr)
         return TERMINATED
@@ -64,8 +65,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _start(argv: list[str]) -> None:
+def _start(argv: list[str], has_come: Callable[[], bool]) -> None:
     """Set up JAX and the hosts, then plan or run.
+
+    Args:
+      argv: the command line.
+      has_come: whether SIGTERM has come.
 
     Raises:
       UserError: what was asked for cannot be done.
@@ -81,7 +86,7 @@ def _start(argv: list[str]) -> None:
     if asked.plan:
         _plan(asked.config, asked.workdir, console)
     else:
-        _run(asked, console)
+        _run(asked, console, has_come)
     hosts.barrier_at_exit()
     if hosts.is_primary() and not asked.plan:
         report.show(asked.workdir, console)
@@ -100,12 +105,12 @@ def _plan(config: Config, workdir: Path, console: Console) -> None:
             console.print(line, soft_wrap=True)
 
 
-def _run(asked: flags.Flags, console: Console) -> None:
+def _run(asked: flags.Flags, console: Console, has_come: Callable[[], bool]) -> None:
     """Run in the work directory, with the plan before and a progress bar."""
     federation = load_federation(asked.config)
     names = asked.track if hosts.is_primary() else ""
     tracked = trackers.Trackers(names, asked.workdir, federation.config)
-    with closing(tracked), _progress(console) as progress, _terminations() as has_come:
+    with closing(tracked), _progress(console) as progress:
         shown = ProgressDisplay(progress)
 
         def announce(stages: list[Stage]) -> None:
@@ -116,6 +121,7 @@ def _run(asked: flags.Flags, console: Console) -> None:
             tracked(*block)
 
         experiment.run(federation, asked.workdir, watch, has_come, announce)
+        tracked.finish()
 
 
 def _announce(
@@ -158,7 +164,8 @@ def _terminations() -> Iterator[Callable[[], bool]]:
     try:
         yield came.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before is not None:  # None is a handler that Python did not set, and cannot set again
+            signal.signal(signal.SIGTERM, before)
 
 
 class ProgressDisplay:

@@ -62,7 +62,8 @@ class Dataset:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.class_names:
+        given = self.class_names
+        if given == tuple(map(str, range(len(given)))):  # none, or those of a set this was made of
             names = tuple(map(str, range(self.num_classes)))
             object.__setattr__(self, "class_names", names)
 

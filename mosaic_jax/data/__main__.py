@@ -112,7 +112,7 @@ def _draw(dataset: Dataset, path: Path) -> None:
     drawing = Figure(figsize=(14, 1 + 0.5 * len(classes)), layout="constrained")
     images, bars = drawing.subplots(1, 2, width_ratios=[2, 1])
     images.imshow(sheet.squeeze(), cmap="gray" if sheet.shape[2] == 1 else None)
-    names = [_named(dataset, label) for label in classes]
+    names = [_named(dataset, label).replace("$", r"\$") for label in classes]
     images.set_yticks((np.arange(len(classes)) + 0.5) * size, names)
     images.set(xticks=[], ylabel="class", title=f"{dataset.name}, training images")
     for labels, name in ((dataset.train_labels, "training"), (dataset.test_labels, "test")):

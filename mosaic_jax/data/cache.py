@@ -35,12 +35,15 @@ def root() -> Path:
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(base) / "mosaic_jax"
-    return folder if folder.is_dir() else writable(folder)
+    return folder if os.path.isdir(folder) else writable(folder)
 
 
 @lru_cache
 def writable(folder: Path) -> Path:
-    """Return a folder that can be written: this one or, as a warning says, a temporary one."""
+    """Return a folder that can be written: this one or, as a warning says, a temporary one.
+
+    The temporary one is the user's own, and the same at every start.
+    """
     try:
         if not folder.is_absolute():  # "~" stays where there is no home
             raise FileNotFoundError(errno.ENOENT, "no home directory")
@@ -48,7 +51,10 @@ def writable(folder: Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        there = Path(tempfile.mkdtemp(prefix="mosaic_jax-"))
+        there = Path(tempfile.gettempdir()) / f"mosaic_jax-{os.getuid()}" / folder.name
+        there.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if there.parent.stat().st_uid != os.getuid():  # somebody else's: nothing there is trusted
+            there = Path(tempfile.mkdtemp(prefix="mosaic_jax-"))
         log.warning("%s cannot be written (%s); %s is used instead", folder, error.strerror, there)
         return there
 

@@ -13,10 +13,12 @@ from mosaic_jax import rng
 from mosaic_jax.types import UserError, unknown_name
 
 KINDS = ("dirichlet", "dirichlet_balanced", "iid")
-MAX_TRIES, MAX_WORK = 1000, 10_000_000
-"""Most draws of a partition, or of one class's proportions, before giving up; and most images and
-shares of classes in all draws of a partition, of which there are a hundred at least. They take
-seconds, and known levels of heterogeneity need tens of draws."""
+MAX_TRIES, MAX_WORK, MAX_DRAWS = 10_000, 200_000_000, 1000
+"""Most draws of a partition before giving up; most work in all of them, in shuffled images (a share
+of a class costs as much as `SHARE` of them), which takes about ten seconds; most draws of one
+class's proportions."""
+
+SHARE = 5
 
 Indices = list[np.ndarray]
 
@@ -87,7 +89,8 @@ def dirichlet_unbalanced(
             "lower the minimum or the number of clients"
         )
     generator, best = np.random.RandomState(seed), 0
-    tries = max(100, min(MAX_TRIES, MAX_WORK // (len(labels) + clients * num_classes)))
+    work = len(labels) + SHARE * clients * num_classes
+    tries = max(100, min(MAX_TRIES, MAX_WORK // work))
     for _ in range(tries):
         sizes, divided = _divide_classes(labels, num_classes, clients, alpha, generator)
         best = max(best, int(sizes.min()))
@@ -143,7 +146,7 @@ def _cuts(
       UserError: the proportions underflow in every try.
     """
     clients = len(is_open)
-    for _ in range(MAX_TRIES):
+    for _ in range(MAX_DRAWS):
         # If the draws of all clients underflow, NumPy gives NaN or infinity, and the comparison
         # below is false.
         proportions = np.where(is_open, generator.dirichlet(np.full(clients, alpha)), 0.0)

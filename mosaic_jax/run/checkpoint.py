@@ -82,7 +82,7 @@ class StageCheckpoints:
                 )
             if arrays is not None:
                 carry = jax.tree.unflatten(structure, [arrays["carry"][name] for name in target])
-                if checksum(carry) == arrays["meta"]["crc"]:
+                if checksum(carry) == arrays["meta"].get("crc"):
                     return block, carry
                 reason = "checksum differs"
             log.warning("passed over checkpoint %s/%d: %s", self.directory, block, reason)

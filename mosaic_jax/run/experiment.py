@@ -112,7 +112,8 @@ def run_stage(context: RunContext, stage: Stage, state: State, later: list[Stage
         if hosts.any_host(files.has_ended(context.workdir)):
             raise UserError(
                 f"the run in {context.workdir} has ended, but its checkpoints of {stage.name} "
-                f"cannot be read any more; `python -m mosaic_jax.report {context.workdir}` shows "
+                f"cannot be read with these settings and this version (parallel.memory_gib must be "
+                f"what it was); `python -m mosaic_jax.report {context.workdir}` shows "
                 "what it came to, and another --workdir trains anew"
             )
         unread = bool(checkpoints.passed_over)

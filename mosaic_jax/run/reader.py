@@ -41,8 +41,9 @@ class Run:
     command: str = ""
 
     def class_names(self, classes: int) -> list[str]:
-        """Return the names of the classes; their labels, where the run has noted none."""
-        return (self.clients or {}).get("class_names") or [str(label) for label in range(classes)]
+        """Return the names of the classes as figures take them; labels, where none are noted."""
+        names = (self.clients or {}).get("class_names") or map(str, range(classes))
+        return [name.replace("$", r"\$") for name in names]  # a dollar sign would begin mathematics
 
     def lines_of(self, stage: str) -> list[dict[str, Any]]:
         """Return the lines of one stage."""

@@ -54,16 +54,28 @@ class Trackers:
         if not self.names:
             return
         if not self.opened:
-            self.opened = [TRACKERS[name](self.workdir, self.config) for name in self.names]
-            for line in MetricsFile(self.workdir / "metrics.jsonl").read()[:-1]:
-                own = {name: v for name, v in line.items() if name not in ("stage", "block")}
-                self._write(line["stage"], line["block"], own)
+            self._open(self._record()[:-1])
         self._write(stage.name, done, metrics | {"seconds": seconds})
+
+    def _record(self) -> list[dict[str, Any]]:
+        return MetricsFile(self.workdir / "metrics.jsonl").read()
+
+    def _open(self, record: list[dict[str, Any]]) -> None:
+        """Open the trackers, and tell them the record so far."""
+        self.opened = [TRACKERS[name](self.workdir, self.config) for name in self.names]
+        for line in record:
+            own = {name: v for name, v in line.items() if name not in ("stage", "block")}
+            self._write(line["stage"], line["block"], own)
 
     def _write(self, stage: str, block: int, metrics: Mapping[str, Any]) -> None:
         for tracker in self.opened:
             tracker.write(stage, block, means(metrics), self.lines)
         self.lines += 1
+
+    def finish(self) -> None:
+        """Tell the record of a run that has ended, if this start had no block left to make."""
+        if not self.opened:
+            self._open(self._record())
 
     def close(self) -> None:
         """Close the trackers; they send what has not been sent."""
@@ -114,7 +126,7 @@ class WeightsAndBiases:
     def __init__(self, workdir: Path, config: Config):
         import wandb
 
-        path = workdir / "wandb_id"
+        path = workdir / "wandb_run"  # "wandb_id" was of runs whose steps counted otherwise
         if not path.exists():
             path.write_text(secrets.token_hex(8), encoding="utf-8")
         name = path.read_text(encoding="utf-8")
@@ -135,6 +147,8 @@ class WeightsAndBiases:
     def write(self, stage: str, block: int, metrics: Mapping[str, float], line: int) -> None:
         """Log one block's metrics, as "stage/metric" against "stage/block"."""
         self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/block")
+        if line < self.run.starting_step:
+            return  # the service has it
         named = {f"{stage}/{name}": value for name, value in metrics.items()}
         self.run.log(named | {f"{stage}/block": block}, step=line, commit=True)
 

@@ -62,8 +62,8 @@ def create_or_check(workdir: Path, config: Config) -> None:
             name = different[0]
             raise UserError(
                 f"{workdir} holds a run of another config ({name}: {there.get(name)!r} there, "
-                f"{here.get(name)!r} here); choose another --workdir, or go on with that run by "
-                f"--config.{name}={there.get(name)}"
+                f"{here.get(name)!r} here); choose another --workdir, or go on with that run "
+                f"{_by_flag(name, there.get(name))}"
             )
         return
     if workdir.exists() and any(workdir.iterdir()) and not (workdir / "checkpoints").exists():
@@ -74,6 +74,11 @@ def create_or_check(workdir: Path, config: Config) -> None:
         raise UserError(f"cannot make the directory {workdir}: {error.strerror}") from None
     text = json.dumps(settings, indent=1) + "\n"
     _write(path, lambda file: file.write(text.encode()))
+
+
+def _by_flag(name: str, value: Any) -> str:
+    """Say how a command line gives a setting this value; None is what no flag says."""
+    return f"without --config.{name}" if value is None else f"by --config.{name}={value!r}"
 
 
 @contextmanager
@@ -175,7 +180,9 @@ def check_data(workdir: Path, federation: Federation) -> None:
     """
     try:
         there = json.loads((workdir / "clients.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
+        return
+    if not isinstance(there, dict):
         return
     counts = federation.clients.class_counts.tolist()
     same = there.get("fingerprint") in (None, fingerprint(federation))

@@ -26,6 +26,7 @@ from mosaic_jax.types import TERMINATED, USER_ERROR
 LOST = 1
 """The status of a job that its engine could not start, or lost."""
 
+MEMORY_SETTINGS = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"}
 GPU_MEMORY = 0.9
 """Share of a GPU's memory that all jobs at a time take together."""
 
@@ -167,14 +168,15 @@ class Local:
     """Runs jobs as processes of this machine, which share its cores and its GPUs' memory.
 
     A process takes three quarters of a GPU's memory when it starts, unless told otherwise, so a
-    second one would find none. Each job gets its share; `XLA_PYTHON_CLIENT_MEM_FRACTION` sets
-    another one.
+    second one would find none. Each job gets its share; `XLA_CLIENT_MEM_FRACTION` sets another
+    one.
     """
 
     def __init__(self, jobs: int):
         self.processes: set[int] = set()
-        memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{GPU_MEMORY / jobs:.3f}"} if jobs > 1 else {}
-        self.environment = memory | os.environ
+        self.environment = dict(os.environ)
+        if jobs > 1 and not MEMORY_SETTINGS & os.environ.keys():
+            self.environment["XLA_CLIENT_MEM_FRACTION"] = f"{GPU_MEMORY / jobs:.3f}"
         self.shares: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
         for share in cores.shares(cores.usable(), jobs):
             self.shares.put(share)

@@ -85,11 +85,13 @@ def test_what_systems_add_is_left_out_and_said(mine, caplog, name):
         ("train/cat/about.txt", "1 no picture that Pillow can read"),
         ("train/cat/labels.json", "1 no picture that Pillow can read"),
         ("train/cat/scan.pdf", "1 no picture that Pillow can read"),
+        ("train/cat/features.h5", "1 no picture that Pillow can read"),
+        ("train/cat/README", "1 no picture that Pillow can read"),
     ],
 )
 def test_what_is_no_picture_of_a_class_is_left_out_and_said(mine, caplog, name, said):
     (mine / name).parent.mkdir(parents=True, exist_ok=True)
-    (mine / name).write_text("x")
+    (mine / name).write_text("P1 results of the experiment")  # begins like a PBM picture
     assert_plain(read(mine))
     assert said in caplog.text
 
@@ -167,6 +169,12 @@ def test_a_class_without_pictures_is_one_line(mine, split):
 def test_a_class_that_is_only_tested_is_named(mine):
     put(mine / "test/eel/0.png")
     with pytest.raises(UserError, match=r"test has classes that .*train has not: eel"):
+        read(mine)
+
+
+def test_a_name_that_is_no_text_is_one_line(mine):
+    put(mine / os.fsdecode(b"train/caf\xe9") / "x.png")
+    with pytest.raises(UserError, match=r"train holds 'caf\\udce9', a name that is no text"):
         read(mine)
 
 
@@ -248,8 +256,8 @@ def test_pictures_of_all_kinds_are_read(tmp_path, name, content, top, bottom):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (Image.fromarray(np.full((8, 8), 70_000, np.int32)), "greys 70000 to 70000, not of 16"),
-        (Image.fromarray(np.full((8, 8), 0.5, np.float32)), "real numbers for pixels"),
+        (Image.fromarray(np.full((8, 8), 200, np.int32)), "pixels of 32 bits"),
+        (Image.fromarray(np.full((8, 8), 0.5, np.float32)), "pixels of 32 bits"),
     ],
 )
 def test_pixels_of_no_known_range_are_one_line(mine, image, message):

@@ -135,8 +135,9 @@ def is_text(call: ast.Call) -> bool:
     if name.endswith((".read_text", ".write_text")):
         return True
     if name == "open" or name.endswith(".open"):
-        mode = [each.value for each in call.args if isinstance(each, ast.Constant)]
-        binary = any("b" in str(each) for each in mode)
+        place = 1 if name == "open" else 0  # a path's `open` takes the mode first
+        mode = [*call.args[place : place + 1], *(k.value for k in call.keywords if k.arg == "mode")]
+        binary = any("b" in ast.unparse(each) for each in mode)
         return not binary and not name.startswith(("tarfile.", "Image.", "gzip.", "bz2."))
     return name in ("subprocess.run", "subprocess.Popen") and "text" in names
 
@@ -244,6 +245,8 @@ def test_a_docstring_without_verb_is_found_with_its_line(written):
         ("path.open('a')", True),
         ("path.open('r+b')", False),
         ("open(path)", True),
+        ("open('table.md')", True),
+        ("path.open(mode='rb')", False),
         ("gzip.open(path)", False),
         ("subprocess.run(words, text=True)", True),
         ("subprocess.run(words)", False),

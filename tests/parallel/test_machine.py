@@ -5,6 +5,7 @@ import fcntl
 import os
 import pwd
 import sys
+import tempfile
 
 import jax
 import joblib
@@ -81,29 +82,29 @@ def test_a_processor_is_named_by_its_instructions(monkeypatch):
     assert devices.processor() != here
 
 
-def test_without_a_home_caches_are_temporary_and_it_is_said(monkeypatch, caplog):
+def test_without_a_home_caches_are_temporary_and_it_is_said(monkeypatch, tmp_path, caplog):
     def nobody(_):
         raise KeyError
 
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     cache.writable.cache_clear()
     root = cache.root()
-    assert root == cache.root()
-    assert root.is_dir()
+    assert root == tmp_path / f"mosaic_jax-{os.getuid()}" / "mosaic_jax"
     assert f"no home directory); {root} is used instead" in caplog.text
-    root.rmdir()
+    cache.writable.cache_clear()
+    assert root == cache.root()  # what is there is found again
     cache.writable.cache_clear()
 
 
 def test_a_cache_that_cannot_be_made_is_temporary_and_it_is_said(monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    root = cache.root()
-    assert root.is_dir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cache.root().is_relative_to(tmp_path / f"mosaic_jax-{os.getuid()}")
     assert "cannot be written (Not a directory)" in caplog.text
-    root.rmdir()
 
 
 def test_a_platform_that_is_not_there_is_one_line(monkeypatch, tmp_path):

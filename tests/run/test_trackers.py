@@ -50,6 +50,9 @@ def three_starts(name, workdir):
     for blocks in STARTS:
         forget_after(workdir, blocks[0] - 1)
         tracked(name, workdir, blocks).close()
+    idle = trackers.Trackers(name, workdir, CONFIG)  # a start that finds nothing left to do
+    idle.finish()
+    idle.close()
 
 
 def test_tensorboard_has_one_history_whatever_a_kill_has_cut_off(tmp_path):
@@ -97,7 +100,7 @@ def test_weights_and_biases_has_one_offline_run_with_the_whole_history(tmp_path,
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     three_starts("wandb", tmp_path)
-    name = (tmp_path / "wandb_id").read_text()
+    name = (tmp_path / "wandb_run").read_text()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert folder.name.endswith(name)
     found = history(folder)

@@ -111,13 +111,21 @@ def test_jobs_at_a_time_share_the_cores(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("jobs", "own", "expected"), [(1, None, "none"), (2, None, "0.450"), (2, "0.2", "0.2")]
+    ("jobs", "own", "expected"),
+    [
+        (1, {}, "none none"),
+        (2, {}, "0.450 none"),
+        (2, {"XLA_CLIENT_MEM_FRACTION": "0.2"}, "0.2 none"),
+        (2, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.2"}, "none 0.2"),
+    ],
 )
 def test_jobs_at_a_time_share_a_gpus_memory(tmp_path, monkeypatch, jobs, own, expected):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    if own:
-        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", own)
-    job = shell(tmp_path, "job", "echo ${XLA_PYTHON_CLIENT_MEM_FRACTION:-none}")
+    for name in sweep_engine.MEMORY_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    said = "echo ${XLA_CLIENT_MEM_FRACTION:-none} ${XLA_PYTHON_CLIENT_MEM_FRACTION:-none}"
+    job = shell(tmp_path, "job", said)
     assert sweep_engine.run_jobs([job], Local(jobs), 1, retries=0)[job] == 0
     assert job.last_line() == expected
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import joblib
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mosaic_jax.data.formats.base import Splits
 from mosaic_jax.data.formats.images import decoded
@@ -19,6 +19,10 @@ SPLITS = ("train", "test")
 
 NOT_THE_USERS = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "lost+found"}
 """Names, in small letters, that systems add to folders; so are all that begin with a dot."""
+
+
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+"""Formats that Pillow has an ending for, and no reader without other programs."""
 
 
 @dataclass
@@ -105,6 +109,8 @@ def _children(folder: Path, found: Listing) -> list[Path]:
             found.left_out["hidden or a system's"] += 1
         elif not child.exists():
             raise UserError(f"{child} is a link that points nowhere")
+        elif not child.name.isprintable():
+            raise UserError(f"{folder} holds {child.name!a}, a name that is no text; rename it")
         else:
             kept.append(child)
     return kept
@@ -135,12 +141,13 @@ def _is_picture(path: Path) -> bool:
 
     A damaged picture is one: reading it will say so.
     """
-    if path.suffix.lower() in Image.registered_extensions():
-        return path.suffix.lower() not in (".pdf", ".ps", ".eps", ".mpg", ".mpeg")
+    form = Image.registered_extensions().get(path.suffix.lower())
+    if form is not None:
+        return form in Image.OPEN and form not in NO_PICTURES
     try:
         with Image.open(path):
             return True
-    except (UnidentifiedImageError, OSError):
+    except Exception:  # of a text that begins like a picture, a reader may raise any
         return False
 
 

@@ -50,13 +50,10 @@ def _opened(content: bytes) -> Image.Image:
 
 def _in_rgb(name: str, picture: Image.Image) -> Image.Image:
     """Return a picture of any mode as RGB."""
-    if picture.mode.startswith("I"):
-        greys = np.asarray(picture).astype(np.int64)
-        if greys.min() < 0 or greys.max() > 65535:
-            raise UserError(f"{name} has greys {greys.min()} to {greys.max()}, not of 16 bits")
-        picture = Image.fromarray((greys // GREYS_OF_16_BITS).astype(np.uint8))
-    if picture.mode == "F":
-        raise UserError(f"{name} has real numbers for pixels, of no known range; convert it")
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) // GREYS_OF_16_BITS).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise UserError(f"{name} has pixels of 32 bits, of no known range; convert it to 8 or 16")
     if picture.has_transparency_data:
         behind = Image.new("RGBA", picture.size, BACKGROUND)
         picture = Image.alpha_composite(behind, picture.convert("RGBA"))
