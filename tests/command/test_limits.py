@@ -26,7 +26,19 @@ def test_a_real_number_takes_a_whole_one(path):
     assert type(value) is float
 
 
-@pytest.mark.parametrize("path", WHOLE)
+SEEDS = ["seed", "partition.seed"]
+
+
+@pytest.mark.parametrize("path", SEEDS)
+def test_a_seed_has_32_bits(path):
+    """JAX would keep the lower ones of a larger number: another seed's run."""
+    for value in (0, 2**32 - 1):
+        assert value_at(from_config_dict(nested({path: value})), path) == value
+    for wrong in (-1, 2**32):
+        assert refusal({path: wrong}) == f"{path} = {wrong}: must lie in [0, 2**32)"
+
+
+@pytest.mark.parametrize("path", sorted(set(WHOLE) - set(SEEDS)))
 def test_whole_numbers_have_their_smallest_value(path):
     smallest = 0 if path in MAY_BE_ZERO else 1
     assert refusal({path: smallest - 1}) == (
@@ -114,7 +126,7 @@ def test_distillation_needs_a_loss():
     [
         (CHOICES, str, "model.conv"),
         (MAY_BE_ZERO, int, "fine_tuning.rounds"),
-        (MAY_BE_ZERO, int, "partition.seed"),
+        (SEEDS, int, "partition.seed"),
         (FRACTIONS, float, "meta_model.dropout"),
         (POSITIVE, float, "partition.alpha"),
     ],
