@@ -38,6 +38,7 @@ from experiments.speed.child import Child
 from experiments.speed.peers.cases import CASES, Ours, federation_of, work_of
 from experiments.speed.timed_units import alternate, median_and_range
 from mosaic_jax.parallel import set_up_jax
+from mosaic_jax.sweep import cores as machine
 from mosaic_jax.sweep import launch
 from mosaic_jax.sweep.text import markdown_table
 from mosaic_jax.types import USER_ERROR, UserError
@@ -189,7 +190,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}-python", type=Path, default=default)
     parser.add_argument("--works", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=len(machine.usable()))
     parser.add_argument("--images", help="folder of Fashion-MNIST, in place of random pixels")
     launch.add_settings(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/compare_frameworks"))
@@ -200,8 +201,8 @@ def compare(arguments: argparse.Namespace) -> str:
     """Measure all rows; write and return the table with its conditions."""
     for name in arguments.frameworks:
         check_environment(name, getattr(arguments, f"{name}_python"))
-    cores = sorted(os.sched_getaffinity(0))[: arguments.threads]
-    os.sched_setaffinity(0, cores)  # before any side makes its threads; children inherit it
+    cores = machine.usable()[: arguments.threads]
+    machine.bind(set(cores))  # before any side makes its threads; children inherit it
     set_up_jax(len(cores))
     results = [measure(name, arguments, len(cores)) for name in arguments.works]
     text = f"{describe(results, len(cores))}\n\n{table(results)}\n"

@@ -41,6 +41,7 @@ from experiments.speed.timed_units import STAGES, Unit, alternate, median_and_ra
 from mosaic_jax.config import Config
 from mosaic_jax.federation import Federation, load_federation
 from mosaic_jax.parallel import set_up_jax
+from mosaic_jax.sweep import cores as machine
 from mosaic_jax.sweep import launch
 from mosaic_jax.sweep.text import markdown_table
 
@@ -162,8 +163,8 @@ def describe(facts: dict[str, Any]) -> str:
 
 def compare(arguments: argparse.Namespace) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
     """Prepare both sides; return the conditions, and the stages' results as they come."""
-    cores = sorted(os.sched_getaffinity(0))[: arguments.threads]
-    os.sched_setaffinity(0, cores)  # before either side makes its threads; the child inherits it
+    cores = machine.usable()[: arguments.threads]
+    machine.bind(set(cores))  # before either side makes its threads; the child inherits it
     config = settings(arguments)
     precision = "tensorfloat32" if arguments.tf32 else "highest"
     jax.config.update("jax_default_matmul_precision", precision)
@@ -229,7 +230,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=len(machine.usable()))
     stages = (*STAGES, *VARIANTS)
     parser.add_argument("--stages", nargs="+", default=list(stages), choices=stages)
     parser.add_argument("--config", default="fashion_mnist", help="of all other settings")

@@ -51,10 +51,12 @@ def writable(folder: Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        there = Path(tempfile.gettempdir()) / f"mosaic_jax-{os.getuid()}" / folder.name
-        there.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if there.parent.stat().st_uid != os.getuid():  # somebody else's: nothing there is trusted
-            there = Path(tempfile.mkdtemp(prefix="mosaic_jax-"))
+        own = Path(tempfile.gettempdir()) / f"mosaic_jax-{os.getuid()}"
+        own.mkdir(mode=0o700, exist_ok=True)
+        if own.stat().st_uid != os.getuid():  # somebody else's: nothing there is trusted
+            own = Path(tempfile.mkdtemp(prefix="mosaic_jax-"))
+        there = own / folder.name
+        there.mkdir(exist_ok=True)
         log.warning("%s cannot be written (%s); %s is used instead", folder, error.strerror, there)
         return there
 
@@ -109,7 +111,7 @@ def _load(entry: Path) -> Splits | None:
         splits = Splits(**arrays, class_names=tuple(about.get("class_names", ())))
         if about != _about(splits):
             raise ValueError("checksum differs")
-    except (OSError, ValueError) as error:
+    except (AttributeError, OSError, TypeError, ValueError) as error:
         log.warning("decoded images in %s are damaged (%s) and decoded again", entry, error)
         shutil.rmtree(entry, ignore_errors=True)
         return None

@@ -14,6 +14,9 @@ from mosaic_jax.types import Dataset, UserError
 
 log = logging.getLogger(__name__)
 
+DARK = 16
+"""Where no pixel is brighter, greys of 8 or 12 bits have been stored as 16 bits, or 0 to 1 as 8."""
+
 ARRAYS = {
     "train_images": "x_train",
     "train_labels": "y_train",
@@ -27,10 +30,9 @@ def read(request: Request) -> Dataset:
     """Read the set at `data.directory`, its images squeezed to `data.image_size`.
 
     A folder holds `train/CLASS/picture` and `test/CLASS/picture`, see `folders.listing` and
-    `images.decoded`. What it leaves out is logged, and how many test images are training images,
-    too. An `.npz` holds `train_images`
-    uint8 [n, height, width] or [n, height, width, channels], `train_labels` [n], and the same of
-    `test` (or `x_train`, `y_train`, `x_test`, `y_test`).
+    `images.decoded`. An `.npz` holds `train_images` uint8 [n, height, width] or [n, height, width,
+    channels], `train_labels` [n], and the same of `test` (or `x_train`, `y_train`, `x_test`,
+    `y_test`). What a folder leaves out is logged, and what is odd about the images.
 
     Raises:
       UserError: the file is missing or damaged, or a class has no training images.
@@ -56,12 +58,15 @@ def read(request: Request) -> Dataset:
     if (counts == 0).any():
         raise UserError(f"{path} has no training images of class {int(counts.argmin())}")
     mean, std = statistics(splits.train_images)
-    _say_repeated(path, splits)
+    _say_odd(path, splits)
     return Dataset(name="own", num_classes=classes, mean=mean, std=std, **splits._asdict())
 
 
-def _say_repeated(path: Path, splits: Splits) -> None:
-    """Log how many test images are training images, too, and which classes have no test image."""
+def _say_odd(path: Path, splits: Splits) -> None:
+    """Log test images that are training images, too, classes without a test image, and darkness."""
+    brightest = int(splits.train_images.max())
+    if brightest < DARK:
+        log.warning("%s: no training pixel is brighter than %d of 255", path, brightest)
     known = {_digest(image) for image in splits.train_images}
     repeated = sum(_digest(image) in known for image in splits.test_images)
     if repeated:

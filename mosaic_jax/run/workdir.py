@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -32,6 +33,9 @@ except ModuleNotFoundError:  # Windows, which `compat.check_system` answers
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
+
+NAMED = 3
+"""Most settings that differ for which the flags of the run that is there are named."""
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP}
 """What `flock` answers on file systems without locks."""
@@ -59,11 +63,13 @@ def create_or_check(workdir: Path, config: Config) -> None:
             if here.get(name) != there.get(name) and changes_results(name)
         ]
         if different:
-            name = different[0]
+            name, *more = different
+            others = f" and {len(more)} more" if more else ""
+            flags = " ".join(_by_flag(each, there.get(each)) for each in different)
             raise UserError(
                 f"{workdir} holds a run of another config ({name}: {there.get(name)!r} there, "
-                f"{here.get(name)!r} here); choose another --workdir, or go on with that run "
-                f"{_by_flag(name, there.get(name))}"
+                f"{here.get(name)!r} here{others}); choose another --workdir"
+                + (f", or go on with that run {flags}" if len(different) <= NAMED else "")
             )
         return
     if workdir.exists() and any(workdir.iterdir()) and not (workdir / "checkpoints").exists():
@@ -78,7 +84,8 @@ def create_or_check(workdir: Path, config: Config) -> None:
 
 def _by_flag(name: str, value: Any) -> str:
     """Say how a command line gives a setting this value; None is what no flag says."""
-    return f"without --config.{name}" if value is None else f"by --config.{name}={value!r}"
+    flag = f"--config.{name}"
+    return f"without {flag}" if value is None else f"by {flag}={quote(str(value))}"
 
 
 @contextmanager
@@ -159,10 +166,9 @@ def describe(workdir: Path, federation: Federation) -> None:
     Raises:
       UserError: it is there, and of other data.
     """
-    check_data(workdir, federation)
     dataset = federation.dataset
     facts = {
-        "fingerprint": fingerprint(federation),
+        "fingerprint": check_data(workdir, federation),
         "dataset": dataset.name,
         "classes": dataset.num_classes,
         "class_names": list(dataset.class_names),
@@ -172,25 +178,27 @@ def describe(workdir: Path, federation: Federation) -> None:
     _write(workdir / "clients.json", lambda file: file.write(text.encode()))
 
 
-def check_data(workdir: Path, federation: Federation) -> None:
+def check_data(workdir: Path, federation: Federation) -> str:
     """Check that a run's images, labels and division are those it began with.
+
+    Returns:
+      A checksum of them.
 
     Raises:
       UserError: they are not. A run of an earlier version tells only its division.
     """
+    here, counts = fingerprint(federation), federation.clients.class_counts.tolist()
     try:
-        there = json.loads((workdir / "clients.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return
-    if not isinstance(there, dict):
-        return
-    counts = federation.clients.class_counts.tolist()
-    same = there.get("fingerprint") in (None, fingerprint(federation))
+        there = dict(json.loads((workdir / "clients.json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, TypeError, ValueError):  # none yet, or damaged and written anew
+        return here
+    same = there.get("fingerprint") in (None, here)
     if not (same and there.get("class_counts", counts) == counts):
         raise UserError(
             f"the data have changed since the run in {workdir} began (images, labels or their "
             "division); bring them back, or choose another --workdir"
         )
+    return here
 
 
 def fingerprint(federation: Federation) -> str:

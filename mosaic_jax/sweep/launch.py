@@ -87,7 +87,12 @@ def run_command(config: str, changes: Settings, *flags: str) -> list[str]:
       config: a config's name or path, with `:options` behind it if there are any.
       changes: overrides, one `--config.NAME=VALUE` each.
       flags: other flags of `mosaic_jax.main`.
+
+    Raises:
+      UserError: a setting is None, which no command line says.
     """
+    if nothing := [name for name, value in changes.items() if value is None]:
+        raise UserError(f"{nothing[0]}: no process can be given None; take a config without it")
     overrides = [f"--config.{name}={value}" for name, value in changes.items()]
     program = [sys.executable, "-m", "mosaic_jax.main"]
     return [*program, f"--config={config}", *overrides, *flags]

@@ -40,7 +40,7 @@ def test_a_file_overwritten_in_place_is_decoded_again(nowhere):
     assert (second.test_images != first.test_images).any()
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "form"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "form", "list", "names"])
 def test_a_damaged_entry_is_taken_away_and_decoded_again(nowhere, caplog, damage):
     small_sets.write("svhn", nowhere / "set")
     expected = np.array(load("svhn", directory=nowhere / "set").train_images)
@@ -54,7 +54,8 @@ def test_a_damaged_entry_is_taken_away_and_decoded_again(nowhere, caplog, damage
         file.unlink()
     else:
         about = json.loads((entry / "about.json").read_text())
-        (entry / "about.json").write_text(json.dumps(about | {"form": 0}))
+        other = {"form": about | {"form": 0}, "list": [], "names": about | {"class_names": 3}}
+        (entry / "about.json").write_text(json.dumps(other[damage]))
     found = load("svhn", directory=nowhere / "set").train_images
     np.testing.assert_array_equal(found, expected)
     assert "damaged" in caplog.text

@@ -279,6 +279,13 @@ def test_test_images_that_are_training_images_are_said(mine, caplog):
     assert "1 of 3 test images are training images, too" in caplog.text
 
 
+def test_greys_of_12_bits_stored_as_16_are_said(tmp_path, caplog):
+    for split in ("train", "test"):
+        put(tmp_path / split / "a/x.png", Image.fromarray(np.full((8, 8), 4095, np.uint16)))
+    read(tmp_path)
+    assert "no training pixel is brighter than 15 of 255" in caplog.text
+
+
 def test_a_picture_replaced_under_its_old_time_is_read_anew(mine):
     before = read(mine).train_images
     old = mine / "train/cat/0.png"

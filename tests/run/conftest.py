@@ -1,4 +1,4 @@
-"""One whole run of Mosaic, in several blocks a stage."""
+"""Whole runs, in several blocks a stage: of Mosaic, and of rounds alone."""
 
 import pytest
 
@@ -11,21 +11,26 @@ def federation(make_federation):
 
 
 @pytest.fixture(scope="session")
-def whole(federation, tmp_path_factory):
-    """Return the work directory, the last state and the blocks of a whole run."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    state, blocks = run(federation, workdir)
-    return workdir, state, blocks
-
-
-@pytest.fixture(scope="session")
 def rounds(make_federation):
     return make_federation(**ROUNDS)
 
 
 @pytest.fixture(scope="session")
-def whole_rounds(rounds, tmp_path_factory):
-    """Return the same of a run that has rounds alone."""
-    workdir = tmp_path_factory.mktemp("rounds") / "run"
-    state, blocks = run(rounds, workdir)
-    return workdir, state, blocks
+def whole_of(tmp_path_factory):
+    """Return `whole_of(federation)`: work directory, last state and blocks of a whole run."""
+
+    def make(federation):
+        workdir = tmp_path_factory.mktemp("whole") / "run"
+        return workdir, *run(federation, workdir)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def whole(whole_of, federation):
+    return whole_of(federation)
+
+
+@pytest.fixture(scope="session")
+def whole_rounds(whole_of, rounds):
+    return whole_of(rounds)

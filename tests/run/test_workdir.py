@@ -1,5 +1,7 @@
 """A work directory is refused to other settings, other files and a second program."""
 
+import dataclasses
+
 import pytest
 
 from mosaic_jax.config import Config
@@ -12,6 +14,18 @@ def test_another_config_is_refused_naming_the_setting(make_federation, whole):
     other = make_federation(**BLOCKS | {"partition.alpha": 0.7})
     with pytest.raises(UserError, match=r"partition\.alpha.*--workdir"):
         run(other, whole[0])
+
+
+def test_the_way_to_go_on_with_a_run_names_every_setting(tmp_path):
+    workdir.create_or_check(tmp_path / "run", Config(seed=3))
+    partition = dataclasses.replace(Config().partition, seed=5, alpha=0.5)
+    with pytest.raises(UserError) as found:
+        workdir.create_or_check(tmp_path / "run", Config(partition=partition))
+    said = "by --config.partition.alpha=0.1 without --config.partition.seed by --config.seed=3"
+    assert str(found.value).endswith(said)
+    other = Config(method="fedavg", seed=3, partition=partition)
+    with pytest.raises(UserError, match=r"and 3 more\); choose another --workdir$"):
+        workdir.create_or_check(tmp_path / "run", dataclasses.replace(other, seed=4))
 
 
 def test_a_folder_with_other_things_in_it_is_refused(federation, tmp_path):

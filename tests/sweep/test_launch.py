@@ -46,6 +46,11 @@ def test_a_wrong_setting_is_one_line(change, message):
     assert "\n" not in str(found.value)
 
 
+def test_a_process_cannot_be_given_none():
+    with pytest.raises(UserError, match=r"data\.train_images: no process can be given None"):
+        launch.run_command("digits", {"data.flip": True, "data.train_images": None})
+
+
 def test_an_experiment_ends_with_the_line():
     program = [sys.executable, "-m", "experiments.accuracy.distillation_gap", "--config=digits"]
     words = ["--set", "data.flip=yes"]
