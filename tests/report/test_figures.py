@@ -1,5 +1,6 @@
 """Figures of a run, and what is counted for them."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mosaic_jax.report import __main__ as command_line
-from mosaic_jax.report import figures, model_figures
+from mosaic_jax.report import client_figures, figures, model_figures
 from mosaic_jax.run.reader import Run, load
 from tests.report.written import FIGURES, accuracies, mosaic_lines, write_answers, write_run
 
@@ -86,6 +87,21 @@ def test_a_confusion_has_the_shares_of_each_true_class() -> None:
     model_figures.confusions(figure, Run(Path(), {}, [], predictions=predictions))
     found = figure.axes[0].images[0].get_array()
     np.testing.assert_allclose(found, [[0.75, 0.25, 0], [0, 0, 0], [0.5, 0, 0.5]])
+
+
+def test_classes_have_their_names_even_those_with_two_dollar_signs() -> None:
+    labels = np.array([0, 1])
+    predictions = {"local_update": {"model": labels, "labels": labels}}
+    clients = {"class_names": ["US$_CA$", "cat"], "dataset": "own", "class_counts": [[2, 1]]}
+    run = Run(Path(), {}, [], clients=clients, predictions=predictions)
+    for draw in (model_figures.confusions, client_figures.class_histogram):
+        figure = Figure()
+        draw(figure, run)
+        ticks = figure.axes[0].get_xticklabels()
+        assert [text.get_text() for text in ticks] == [r"US\$_CA\$", "cat"]
+        assert {text.get_rotation() for text in ticks} == {90}
+        figure.savefig(io.BytesIO())
+    assert client_figures._client_label(run, 0).endswith(r"classes US\$_CA\$ cat")
 
 
 def test_the_final_answers_are_of_the_last_stage_there_is(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from mosaic_jax.run import checkpoint, load_run
 from mosaic_jax.run import workdir as files
+from mosaic_jax.run.reader import load
 from mosaic_jax.types import UserError
 from tests.helpers import Killed, assert_same, lines, run
 
@@ -59,6 +60,13 @@ def test_a_run_of_a_version_without_fingerprint_goes_on_if_its_division_is_the_s
     path.write_text(json.dumps(facts | {"class_counts": [[1]]}))
     with pytest.raises(UserError, match="the data have changed"):
         files.check_data(tmp_path / "run", rounds)
+
+
+def test_a_run_notes_the_names_of_its_classes(rounds, whole_rounds, tmp_path):
+    named = changed(rounds, class_names=tuple("abcdefghij"))
+    shutil.copytree(whole_rounds[0], tmp_path / "run")
+    run(named, tmp_path / "run")  # names are no part of the data
+    assert load(tmp_path / "run").class_names(10) == list("abcdefghij")
 
 
 def test_models_are_not_loaded_beside_other_data(whole_rounds, tmp_path, monkeypatch):

@@ -46,18 +46,28 @@ STARTS = [[1, 2, 3], [2, 3, 4], [5]]
 """The blocks of three starts of a run; the first is killed after a checkpoint of one block."""
 
 
+def idle_start(name, workdir):
+    """A start that finds nothing left to do."""
+    tracker = trackers.Trackers(name, workdir, CONFIG)
+    tracker.finish()
+    tracker.close()
+
+
 def three_starts(name, workdir):
     for blocks in STARTS:
         forget_after(workdir, blocks[0] - 1)
         tracked(name, workdir, blocks).close()
-    idle = trackers.Trackers(name, workdir, CONFIG)  # a start that finds nothing left to do
-    idle.finish()
-    idle.close()
+        for file in (workdir / "tensorboard").rglob("events*"):
+            if blocks != STARTS[-1]:  # files of one second would have one name
+                file.rename(file.with_name(f"events.of.{blocks[0]}"))
 
 
-def test_tensorboard_has_one_history_whatever_a_kill_has_cut_off(tmp_path):
+@pytest.mark.parametrize("then_idle", [False, True])
+def test_tensorboard_has_one_history_whatever_a_kill_has_cut_off(tmp_path, then_idle):
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
     three_starts("tensorboard", tmp_path)
+    if then_idle:
+        idle_start("tensorboard", tmp_path)
     (written,) = (tmp_path / "tensorboard" / "local_update").iterdir()
     events = [event_pb2.Event.FromString(each) for each in records(written)]
     found = [(e.step, v.tag, round(v.simple_value, 6)) for e in events for v in e.summary.value]
@@ -95,11 +105,16 @@ def history(folder) -> list[dict]:
     return found
 
 
-def test_weights_and_biases_has_one_offline_run_with_the_whole_history(tmp_path, monkeypatch):
+@pytest.mark.parametrize("then_idle", [False, True])
+def test_weights_and_biases_has_one_offline_run_with_the_whole_history(
+    tmp_path, monkeypatch, then_idle
+):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     three_starts("wandb", tmp_path)
+    if then_idle:
+        idle_start("wandb", tmp_path)
     name = (tmp_path / "wandb_run").read_text()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert folder.name.endswith(name)
