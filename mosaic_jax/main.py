@@ -45,8 +45,7 @@ def main(argv: list[str]) -> int:
         if "--help" in argv or argv[1:] == ["--config"]:
             compat.console().print(*flags.tables("--help" if "--help" in argv else "--config"))
         else:
-            with _terminations() as has_come:
-                _start(argv, has_come)
+            _start(argv)
     except experiment.Stopped:
         print("stopped after saving; the same command resumes", file=sys.stderr)
         return TERMINATED
@@ -65,12 +64,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _start(argv: list[str], has_come: Callable[[], bool]) -> None:
+def _start(argv: list[str]) -> None:
     """Set up JAX and the hosts, then plan or run.
-
-    Args:
-      argv: the command line.
-      has_come: whether SIGTERM has come.
 
     Raises:
       UserError: what was asked for cannot be done.
@@ -85,11 +80,14 @@ def _start(argv: list[str], has_come: Callable[[], bool]) -> None:
     hosts.check_agreement("settings", lambda: f"{asked.config}")
     if asked.plan:
         _plan(asked.config, asked.workdir, console)
-    else:
-        _run(asked, console, has_come)
-    hosts.barrier_at_exit()
-    if hosts.is_primary() and not asked.plan:
-        report.show(asked.workdir, console)
+        hosts.barrier_at_exit()
+        return
+    federation = load_federation(asked.config)
+    with _terminations() as has_come:  # from here on there is something to save
+        _run(federation, asked, console, has_come)
+        hosts.barrier_at_exit()
+        if hosts.is_primary():
+            report.show(asked.workdir, console)
 
 
 def _plan(config: Config, workdir: Path, console: Console) -> None:
@@ -105,9 +103,10 @@ def _plan(config: Config, workdir: Path, console: Console) -> None:
             console.print(line, soft_wrap=True)
 
 
-def _run(asked: flags.Flags, console: Console, has_come: Callable[[], bool]) -> None:
+def _run(
+    federation: Federation, asked: flags.Flags, console: Console, has_come: Callable[[], bool]
+) -> None:
     """Run in the work directory, with the plan before and a progress bar."""
-    federation = load_federation(asked.config)
     names = asked.track if hosts.is_primary() else ""
     tracked = trackers.Trackers(names, asked.workdir, federation.config)
     with closing(tracked), _progress(console) as progress:

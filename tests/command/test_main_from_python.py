@@ -1,6 +1,7 @@
 """The command line is a function, too: of the arguments it is given, in any process and thread."""
 
 import shlex
+import signal
 import threading
 
 import jax
@@ -31,6 +32,30 @@ def test_it_runs_twice_with_other_flags_and_from_a_thread(tmp_path, monkeypatch)
     assert [load(tmp_path / name).config["seed"] for name in ("one", "two")] == [3, 0]
     command = shlex.split((tmp_path / "one" / "command.txt").read_text())
     assert command == ["python", "-m", "mosaic_jax.main", *words[1:]]
+
+
+def test_sigterm_is_caught_only_where_there_is_something_to_save(tmp_path, monkeypatch):
+    """A plan and the loading of data end at once; a run saves, and so do the trackers after it."""
+    found = {}
+
+    def noting(name):
+        return lambda *_, **__: found.setdefault(name, signal.getsignal(signal.SIGTERM))
+
+    load_federation = main.load_federation
+
+    def load(config):
+        noting("load")()
+        return load_federation(config)
+
+    monkeypatch.setattr(main, "load_federation", load)
+    monkeypatch.setattr(main, "_plan", noting("plan"))
+    monkeypatch.setattr(main.experiment, "run", noting("run"))
+    monkeypatch.setattr(main.trackers.Trackers, "close", noting("close"))
+    monkeypatch.setattr(main.report, "show", noting("report"))
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(tmp_path, "--plan")[0] == run(tmp_path)[0] == 0
+    assert found["plan"] == found["load"] == signal.getsignal(signal.SIGTERM) == before
+    assert found["run"] == found["close"] == found["report"] != before
 
 
 def test_a_file_of_flags_is_the_flags_it_has(tmp_path):
